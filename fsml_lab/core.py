@@ -4,7 +4,7 @@
 
 # %% ../nbs/00_core.ipynb #c002
 from __future__ import annotations
-import configparser, contextlib, dataclasses, difflib, hashlib, json, math, numbers, os, random, sys, tempfile, time, types, typing, unicodedata
+import configparser, contextlib, dataclasses, difflib, hashlib, json, math, numbers, os, random, sys, tempfile, threading, time, types, typing, unicodedata, weakref
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -731,17 +731,24 @@ class Lab:
         self.settings = load_settings(home=home, **overrides)
         self.home, self.schema = _open_home(self.settings.home), SCHEMA
         self._ensured: set[int] = set()
+        self._writing, self._overrides = threading.local(), overrides
+    def __reduce__(self): return _lab, (self.home, self._overrides)  # another process opens connections of its own
     @cached_property
     def engine(self) -> "sa.Engine":
         "SQLAlchemy engine of the lab's database, opened on first use."
         if not self.settings.database: engine = _sqlite_engine(self.home/"lab.db", self.settings.durability)
         else: engine = _server_engine(self.settings.database)
-        os.register_at_fork(after_in_child=lambda: engine.dispose(close=False))  # a forked child opens connections of its own
+        ref = weakref.ref(engine)
+        os.register_at_fork(after_in_child=lambda: (e := ref()) and e.dispose(close=False))  # a forked child opens connections of its own
         return engine
     @contextlib.contextmanager
     def write(self) -> "Iterator[sa.Connection]":
-        "One write transaction: committed when the body ends, undone when it raises."
-        with self.engine.connect().execution_options(fsml_write=True) as conn, conn.begin(): yield conn
+        "One write transaction: committed when the body ends, undone when it raises. Not to be nested: hand its connection on."
+        if getattr(self._writing, "on", False): raise FsmlError("A write transaction is open in this thread already.", str(self), "Pass its connection on (conn=…) instead of opening a second one.")
+        self._writing.on = True
+        try:
+            with self.engine.connect().execution_options(fsml_write=True) as conn, conn.begin(): yield conn
+        finally: self._writing.on = False
     @contextlib.contextmanager
     def read(self) -> "Iterator[sa.Connection]":
         "One read transaction, a consistent view."
@@ -752,7 +759,10 @@ class Lab:
     def __repr__(self): return f"Lab({str(self.home)!r})"
     def _repr_html_(self): return html_table([("home", self.home), ("database", self.settings.database or "SQLite, lab.db"), ("blobs", self.settings.blobs or "blobs"), ("settings", self.settings.file or "defaults")], title="Lab")
 
-# %% ../nbs/00_core.ipynb #c070
+# %% ../nbs/00_core.ipynb #c069
+def _lab(home: Path, overrides: dict) -> Lab: return Lab(home, **overrides)
+
+# %% ../nbs/00_core.ipynb #c071
 def _server_engine(url: str) -> "sa.Engine":
     import sqlalchemy as sa
     try:
@@ -767,7 +777,7 @@ def _server_engine(url: str) -> "sa.Engine":
     except sa.exc.OperationalError as e:
         raise FsmlError(f"The database server does not answer: {str(e.orig).strip().splitlines()[0]}", sa.make_url(url).render_as_string(), "Check that it runs, and the host, port, user and password in settings.ini.") from e
 
-# %% ../nbs/00_core.ipynb #c072
+# %% ../nbs/00_core.ipynb #c073
 _ADVISORY = 7_237_161  # PostgreSQL advisory lock of this library: an arbitrary constant
 
 def ensure(
@@ -787,7 +797,7 @@ def ensure(
         metadata.create_all(conn)
     lab._ensured.add(id(metadata))
 
-# %% ../nbs/00_core.ipynb #c074
+# %% ../nbs/00_core.ipynb #c075
 @lru_cache
 def _edges():
     import sqlalchemy as sa
@@ -810,7 +820,7 @@ def link(
         for r in rows:
             if conn.execute(sa.select(t.c.role).where(*(t.c[k] == v for k, v in r.items()))).first() is None: conn.execute(t.insert().values(r))
 
-# %% ../nbs/00_core.ipynb #c075
+# %% ../nbs/00_core.ipynb #c076
 @dataclass(frozen=True)
 class Trace:
     "What something came from (or, with `down`, what came from it), as a tree."
@@ -835,7 +845,7 @@ class Trace:
         from html import escape
         return f"<pre>{escape(str(self))}</pre>"
 
-# %% ../nbs/00_core.ipynb #c076
+# %% ../nbs/00_core.ipynb #c077
 def trace(
     lab: Lab,
     kind: str,          # version, run, report, model …
@@ -852,7 +862,7 @@ def trace(
     with lab.read() as conn: rows = conn.execute(sa.select(walk).order_by(*walk.c)).all()
     return Trace(kind, id, tuple(Edge(*r) for r in rows), down)
 
-# %% ../nbs/00_core.ipynb #c079
+# %% ../nbs/00_core.ipynb #c080
 def seed_all(
     seed: int, # 0 to 2**32 - 1
 ):
