@@ -7,7 +7,7 @@
 from __future__ import annotations
 import argparse, functools, hashlib, posixpath, re, sys, tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 _WIDGET = "application/vnd.jupyter.widget-view+json"
 _SKIP = re.compile(r"^\s*#\s*\|\s*(hide|include:\s*false)\s*$", re.M)         # cells that README.md leaves out
@@ -171,16 +171,17 @@ def post_save_hook(model: dict, os_path: str, contents_manager: Any, **_) -> Non
     if model.get("type") != "notebook" or (root := _root(path)) is None or root/"nbs" not in path.resolve().parents: return
     try:
         from nbdev.doclinks import nbdev_export
-        nbdev_export(path=os_path)
+        cast(Any, nbdev_export)(path=os_path)  # a decorator hides its signature
     except ImportError: contents_manager.log.warning("nbdev is not installed: no module was written from %s.", path.name)
     except Exception as e: contents_manager.log.error("No module was written from %s: %s: %s", path.name, type(e).__name__, e)
 
 def jupyter_options() -> list[str]:
-    "Options of JupyterLab: our save hooks, and no request to servers outside."
+    "Options of JupyterLab: our save hooks, no request to servers outside, and no question about news."
     return ["--ContentsManager.pre_save_hook=fsml_lab._notebooks.pre_save_hook",
             "--FileContentsManager.post_save_hook=fsml_lab._notebooks.post_save_hook",
             "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.news_url=None",
-            "--LabApp.extension_manager=readonly"]
+            "--LabApp.extension_manager=readonly",
+            f"--LabApp.app_settings_dir={Path(__file__).parent/'static'}"]  # overrides.json: JupyterLab's settings
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m fsml_lab._notebooks", description="Clean notebooks, or render README.md.")
