@@ -1,11 +1,15 @@
 """How the tests run: one thread, no home of yours touched, and notebooks cell by cell (nbval) as their directives say."""
 import os, re, shutil, tempfile
 from pathlib import Path
-import pytest
+import hypothesis, pytest
 
 # before anything imports numpy or torch: two threads give other sums than one, and fight over a shared machine
 os.environ.update({k: "1" for k in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "IN_TEST")})
 os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # a warning of the kernel's debugger, in every notebook
+
+# property tests draw the same examples every time, and a busy machine is no failure
+hypothesis.settings.register_profile("fsml", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("fsml")
 
 _DIRECTIVE = re.compile(r"^\s*#\s*\|\s*([\w-]+)\s*:?\s*(.*?)\s*$", re.M)
 _scratch = Path(tempfile.mkdtemp(prefix="fsml-tests-"))

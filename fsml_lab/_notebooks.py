@@ -68,6 +68,15 @@ def _fix_ids(nb: dict) -> None:
         c["id"] = cid
         seen.add(cid)
 
+def clean_outputs(
+    nb: dict,                  # nbformat 4, multi-line text joined; changed in place
+    root: Path | None = None,  # the project's folder: paths in outputs become relative to it
+) -> None:
+    "Strip what changes from run to run from the outputs: progress bars, views and states of widgets, machine paths."
+    for c in nb["cells"]:
+        if c["cell_type"] == "code": c["outputs"] = [o for o in c.get("outputs", []) if _keep_output(o, root)]
+    nb["metadata"].pop("widgets", None)
+
 def clean_notebook(
     nb: dict,                  # nbformat 4, multi-line text joined; changed in place
     root: Path | None = None,  # the project's folder: paths in outputs become relative to it
@@ -75,8 +84,7 @@ def clean_notebook(
     "Strip what differs between two runs or two machines: metadata, counts, widget states, progress bars, paths."
     from nbdev.clean import clean_nb
     _fix_ids(nb)
-    for c in nb["cells"]:
-        if c["cell_type"] == "code": c["outputs"] = [o for o in c.get("outputs", []) if _keep_output(o, root)]
+    clean_outputs(nb, root)
     clean_nb(nb, allowed_cell_metadata_keys=["tags"])
     nb["metadata"] = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"},
                       **{k: v for k, v in nb["metadata"].items() if k == "nbdev"}}

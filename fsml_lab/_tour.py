@@ -25,7 +25,7 @@ def run_tour(home: Path, samples: Path | None = None, notebook: Path | None = No
     samples = (samples or notebook.parent.parent/"data_samples").resolve()
     if not (samples/"digits"/"labels.csv").is_file(): raise FsmlError("There are no sample images here.", str(samples), "Give the repository's data_samples folder by --samples.")
     lab = Lab(home)  # refuses a home that cannot be used before any work is done
-    os.environ |= {"FSML_HOME": str(lab.home), "FSML_TOUR_SAMPLES": str(samples), "OMP_NUM_THREADS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    os.environ |= {"FSML_HOME": str(lab.home), "TOUR_SAMPLES": str(samples), "OMP_NUM_THREADS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     nb, took = _execute(notebook)
     _report(nb, lab.home/"tour")
     summary = json.loads((lab.home/"tour"/"summary.json").read_text())
@@ -91,10 +91,9 @@ def _cell(client, cell, index: int):
 def _report(nb, folder: Path):
     "One HTML file with the story's prose and pictures; nothing in it is fetched from elsewhere."
     from nbconvert import HTMLExporter
+    from fsml_lab._notebooks import clean_outputs
+    clean_outputs(nb)
     exporter = HTMLExporter(template_name="classic", exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, mathjax_url="", require_js_url="", jquery_url="")
-    for c in nb.cells:  # live widgets need a kernel; their pictures do not
-        for o in c.get("outputs", []): o.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
-    nb.metadata.pop("widgets", None)
     html, _ = exporter.from_notebook_node(nb)
     atomic_write(folder/"report.html", html.encode())
 

@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Literal
 if typing.TYPE_CHECKING:
-    import numpy as np, pyarrow as pa, sqlalchemy as sa, torch
+    import pyarrow as pa, sqlalchemy as sa
 
 # %% auto #0
 __all__ = ['Split', 'AnnKind', 'XYXY', 'PREDICTION_KINDS', 'SHARED_TYPES', 'SCHEMA', 'FsmlError', 'expect_error', 'sha256',
@@ -225,7 +225,7 @@ def html_table(
     td = lambda x, t: f"<{t} style='text-align:left;padding:2px 10px 2px 0;vertical-align:top'>{x._repr_html_() if hasattr(x, '_repr_html_') else escape(str(x))}</{t}>"
     body = "".join("<tr>" + "".join(td(c, "td") for c in r) + "</tr>" for r in rows)
     top = "<tr>" + "".join(td(h, "th") for h in head) + "</tr>" if head else ""
-    cap = f"<caption style='text-align:left;font-weight:bold'>{escape(title)}</caption>" if title else ""
+    cap = f"<caption style='text-align:left;font-weight:bold;white-space:nowrap'>{escape(title)}</caption>" if title else ""
     return f"<table>{cap}{top}{body}</table>"
 
 # %% ../nbs/00_core.ipynb #c025

@@ -15,11 +15,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from .core import ClassTable, Figure, FsmlError, Verdict, canonical_json, html_table, nfc, sha256
 
 # %% auto #0
-__all__ = ['Task', 'Stage', 'TASKS', 'METRICS', 'Number', 'Positive', 'Text', 'Name', 'TaskType', 'Metric', 'metric', 'Target',
-           'Waiver', 'ProblemSpec', 'images_needed', 'Formulation', 'Gate']
+__all__ = ['TaskName', 'Stage', 'TASKS', 'METRICS', 'Number', 'Positive', 'Text', 'Name', 'TaskType', 'Metric', 'metric',
+           'Target', 'Waiver', 'ProblemSpec', 'images_needed', 'Formulation', 'Gate']
 
 # %% ../nbs/10_problem.ipynb #c005
-Task = Literal["classify", "detect", "read"]
+TaskName = Literal["classify", "detect", "read"]
 Stage = Literal["evaluate", "export"]
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Metric:
     unit: str                             # "" is a proportion, 0 to 1
     better: Literal["higher", "lower"]
     meaning: str
-    tasks: tuple[str, ...] = get_args(Task)
+    tasks: tuple[str, ...] = get_args(TaskName)
     stage: Stage = "evaluate"             # where it is measured when a target does not say
     sampled: bool = True                  # an estimate, so that a figure without an interval is not enough
     wilson: bool = False                  # a share of items, with Wilson's interval
@@ -123,7 +123,7 @@ class _Sheet(BaseModel, metaclass=_Speaking):
 
 def _text(v):
     "YAML reads an unquoted `no` as false and `3` as a number: numbers become text, the rest is refused."
-    if isinstance(v, bool) or v is None or isinstance(v, float): raise _Wrong(f"{v!r} is no text: YAML reads unquoted yes, no, on, off, null and 1.0 so.", "Put it in quotes.")
+    if isinstance(v, bool) or v is None or isinstance(v, float): raise _Wrong(f"{v!r} is no text: YAML reads unquoted yes, no, on, off, null and 1.0 so.", "Put it in quotes (between { } and [ ] a comma begins the next entry, so text with commas too).")
     return nfc(str(v)) if isinstance(v, (str, int)) else v
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -166,7 +166,8 @@ def _check_target(t: Target):
     if (t.at_least is None) == (t.at_most is None): raise _Wrong(f"The target {t.metric!r} needs exactly one bound.", "Give at_least where higher is better, at_most where lower is.")
     if m is None and not (t.measured_by and t.stage):
         near = difflib.get_close_matches(t.metric.lower(), _BY_ANY_NAME, 1)
-        raise _Wrong(f"{t.metric!r} is no metric that this library measures.", f"Did you mean {_BY_ANY_NAME[near[0]].name!r}? Else say" * bool(near) + "Say" * (not near) + " stage and measured_by: who measures it, and how.")
+        guess = f"Did you mean {_BY_ANY_NAME[near[0]].name!r}? " if near else ""
+        raise _Wrong(f"{t.metric!r} is no metric that this library measures.", f"{guess}For a figure of your own, give stage and measured_by: who measures it, and how.")
     if m is None: return
     if t.better != m.better: raise _Wrong(f"Of {m.name}, {m.better} is better, so it has no bound {'at_least' if t.at_least is not None else 'at_most'}.", f"Write {'at_least' if m.better == 'higher' else 'at_most'}: {t.bound:g}.")
     if t.unit != m.unit: raise _Wrong(f"{m.name} is measured in {m.unit or 'proportions (0 to 1)'}, not in {t.unit!r}.", f"Convert the bound to {m.unit or 'a proportion'}, or leave the unit out.")
@@ -193,10 +194,10 @@ class Waiver(_Sheet):
 # %% ../nbs/10_problem.ipynb #c020
 _PRODUCTION = dict(latency_p50_ms="latency_p50", latency_p95_ms="latency_p95", throughput_per_s="throughput", memory_mb="memory", size_mb="size", models_per_gpu="models_per_gpu", max_drop="drop")
 
-class ProblemSpec(_Sheet):
-    "What is wanted: task, data, targets and limits. Refused when it cannot be met; a gate for what was measured."
+class _Wish(_Sheet):
+    "The fields of a `ProblemSpec`."
     name: Name
-    task: Task
+    task: TaskName
     requirement: Text = ""                      # the wish, in the customer's words
     classes: tuple[Name, ...] = ()              # of classify and detect, in their order
     multi_label: bool = False                   # classify: several classes at once
@@ -220,6 +221,10 @@ class ProblemSpec(_Sheet):
     waivers: tuple[Waiver, ...] = ()
     prod_waivers: tuple[Name, ...] = ()         # lines that may be waived on the channel "prod" too
     schema_: Literal[1] = Field(1, alias="schema")
+
+# %% ../nbs/10_problem.ipynb #c022
+class ProblemSpec(_Wish):
+    "What is wanted: task, data, targets and limits. Refused when it cannot be met; a gate for what was measured."
     @model_validator(mode="after")
     def _sound(self):
         for check in (_check_answers, _check_production, _check_lines): check(self)
@@ -248,11 +253,12 @@ class ProblemSpec(_Sheet):
     def formulate(self) -> Formulation: return Formulation(self)
     def __str__(self): return f"{self.name}: {self.task}, {len(self.lines)} targets, {len(self.waivers)} waived"
     def _repr_html_(self):
-        facts = [(k.replace("_", " "), ", ".join(f"{a}: {b}" for a, b in v.items()) if isinstance(v, dict) else ", ".join(map(str, v)) if isinstance(v, tuple) else v)
-                 for k, v in self if k not in ("name", "targets", "waivers", "schema_", *_PRODUCTION) and v not in ((), {}, "", None, False)]
-        return html_table(facts, title=f"{self.name}") + html_table([(t, t.stage) for t in self.lines], ("target", "stage")) + (html_table([(w.target, w) for w in self.waivers], ("waived", "by")) if self.waivers else "")
+        show = lambda v: ", ".join(f"{a}: {b}" for a, b in v.items()) if isinstance(v, dict) else ", ".join(map(str, v)) if isinstance(v, tuple) else f"{v:g}" if isinstance(v, float) else v
+        facts = [(k.replace("_", " "), show(v)) for k, v in self if k not in ("name", "targets", "waivers", "schema_", *_PRODUCTION) and v not in ((), {}, "", None, False)]
+        waived = html_table([(w.target, w) for w in self.waivers], ("waived", "by")) if self.waivers else ""
+        return html_table(facts, title=self.name) + html_table([(t, t.stage) for t in self.lines], ("target", "stage")) + waived
 
-# %% ../nbs/10_problem.ipynb #c022
+# %% ../nbs/10_problem.ipynb #c024
 def _check_answers(s: ProblemSpec):
     "Raise `_Wrong` when classes, alphabet and task do not go together."
     for what, xs in (("class", s.classes), ("character of the alphabet", tuple(s.alphabet)), ("licence", s.licences)):
@@ -266,7 +272,7 @@ def _check_answers(s: ProblemSpec):
     for (a, d), (b, e) in zip(days, days[1:]):
         if e < d: raise _Wrong(f"The schedule goes backwards: {b} on {e} follows {a} on {d}.", "List the milestones in the order in which they are due.")
 
-# %% ../nbs/10_problem.ipynb #c024
+# %% ../nbs/10_problem.ipynb #c026
 def _check_production(s: ProblemSpec):
     "Raise `_Wrong` when the limits of production exclude each other."
     if s.latency_p50_ms and s.latency_p95_ms and s.latency_p95_ms < s.latency_p50_ms:
@@ -288,7 +294,7 @@ def _check_lines(s: ProblemSpec):
         if not any(w.covers(t) for t in lines): raise _Wrong(f"The waiver by {w.who} is for {w.target!r}, which is no line of the sheet.", f"Lines: {', '.join(t.name for t in lines) or 'none'}.")
     if bad := [n for n in s.prod_waivers if _line(n) not in {t.name for t in lines}]: raise _Wrong(f"prod_waivers names {bad[0]!r}, which is no line of the sheet.", f"Lines: {', '.join(t.name for t in lines) or 'none'}.")
 
-# %% ../nbs/10_problem.ipynb #c026
+# %% ../nbs/10_problem.ipynb #c028
 class _Loader(yaml.SafeLoader):
     "YAML without surprises: a key stands once, and no anchors (a few lines of them unfold to gigabytes)."
     def compose_node(self, parent, index):
@@ -297,8 +303,9 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = set()
         for k, _ in node.value:
+            if not isinstance(k, yaml.ScalarNode): raise yaml.MarkedYAMLError(problem="a key is plain text", problem_mark=k.start_mark)
             if k.value in seen: raise yaml.MarkedYAMLError(problem=f"the key {k.value!r} stands twice", problem_mark=k.start_mark)
-            seen.add(k.value if isinstance(k.value, str) else id(k))
+            seen.add(k.value)
         return super().construct_mapping(node, deep)
 
 def _read_yaml(source: str | Path) -> tuple[Any, str]:
@@ -318,7 +325,7 @@ def _from_dict(cls, d: Any, where: str = "dictionary") -> ProblemSpec:
     try: return cls(**d)
     except FsmlError as e: raise FsmlError(e.what, f"{where}, {e.where}" if where not in ("dictionary", "YAML text") else e.where, e.remedy) from None
 
-# %% ../nbs/10_problem.ipynb #c033
+# %% ../nbs/10_problem.ipynb #c035
 def images_needed(
     at_least: float,    # the target, a proportion below 1
     level: float = .95, # of the interval
@@ -327,7 +334,7 @@ def images_needed(
     if not 0 <= at_least < 1: raise FsmlError(f"A proportion of {at_least:g} can be shown by no number of images.", "images_needed", "Give a number from 0 up to, not including, 1.")
     return max(1, math.ceil(NormalDist().inv_cdf((1 + level)/2)**2*at_least/(1 - at_least) - 1e-9))
 
-# %% ../nbs/10_problem.ipynb #c036
+# %% ../nbs/10_problem.ipynb #c038
 _OPEN = (("requirement", "What does the customer say, in their own words?", "Every later argument is settled by this sentence."),
          ("inputs", "What does a picture look like: size, colour, camera, light?", "Training data must look like it."),
          ("outputs", "What exactly does the caller get back?", "It is the interface of the product."),
@@ -350,7 +357,7 @@ def _undecided(s: ProblemSpec) -> list[tuple[str, str]]:
     if s.models_per_gpu and not (s.memory_mb and s.gpu_memory_mb): q.append(("How much memory have the card and one model?", "Until then nobody knows whether the models fit."))
     return q
 
-# %% ../nbs/10_problem.ipynb #c037
+# %% ../nbs/10_problem.ipynb #c039
 @dataclass(frozen=True)
 class Formulation:
     "A wish beside what can be measured, and what nobody has decided yet."
@@ -373,7 +380,7 @@ class Formulation:
         return (kinds + html_table(self.decided, ("decided", "to show it takes")) + html_table(self.undecided, ("still undecided", "why it matters"))
                 + "<details><summary>What else can be measured</summary>" + html_table([(m.name, m.unit or "%", m.better, m.meaning) for m in self.metrics if m.name not in asked], ("metric", "unit", "better", "meaning")) + "</details>")
 
-# %% ../nbs/10_problem.ipynb #c041
+# %% ../nbs/10_problem.ipynb #c043
 def _figure_for(t: Target, figures: tuple[Figure, ...]) -> tuple[Figure | None, str]:
     "The one figure that answers `t`, or None and why there is none. `FsmlError` when two differ."
     found = list({f.sha256: f for f in figures if _line(f.name) == t.metric and f.slice == t.slice}.values())
@@ -389,7 +396,7 @@ def _check_figure(t: Target, f: Figure, level: float):
     if f.better != t.better: raise FsmlError(f"The figure {f.name!r} says that {f.better} is better, the target says {t.better}.", f"gate, line {t}", "Set better where the figure is made: one of both is another quantity.")
     if f.lo is not None and f.level < level: raise FsmlError(f"The interval of {f.name!r} has level {f.level:g}, and the sheet asks for {level:g}.", f"gate, line {t}", f"Measure it with level={level:g}: a narrower interval passes too easily.")
 
-# %% ../nbs/10_problem.ipynb #c042
+# %% ../nbs/10_problem.ipynb #c044
 def _judge(s: ProblemSpec, t: Target, figures: tuple[Figure, ...]) -> Verdict:
     "What the figures say to one line, before waivers."
     words, (f, why) = f"{t} ({t.stage})", _figure_for(t, figures)
@@ -414,7 +421,7 @@ def _waived(s: ProblemSpec, t: Target, v: Verdict, channel: str | None, today: d
         else: return Verdict(v.target, "WAIVED", f"{v.why}; waived by {w}", v.figure)
     return Verdict(v.target, v.state, why, v.figure)
 
-# %% ../nbs/10_problem.ipynb #c043
+# %% ../nbs/10_problem.ipynb #c045
 _COLOUR = dict(PASS="#1a7f37", FAIL="#cf222e", MISSING="#9a6700", WAIVED="#0969da")  # white text on them reads in light and dark themes
 
 class _Badge(str):
@@ -445,7 +452,7 @@ class Gate:
         rows = [(_Badge(v.state), t.stage, t, v.figure if v.figure else "\u2014", v.why) for t, v in zip(self.lines, self.verdicts)]
         return f"<p><b>Gate of {escape(self.name)}</b>{f' for {escape(self.channel)}' if self.channel else ''}: {_Badge(self.state)._repr_html_()}</p>" + html_table(rows, ("", "stage", "required", "measured", "why"))
 
-# %% ../nbs/10_problem.ipynb #c044
+# %% ../nbs/10_problem.ipynb #c046
 def _find(g: Gate, name: str) -> Verdict:
     "The verdict of the line called `name` (`recall@class=8`); of two stages the later one."
     hits = [(t.stage, v) for t, v in zip(g.lines, g.verdicts) if t.name == _line(name)]

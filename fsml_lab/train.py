@@ -6,11 +6,12 @@
 from __future__ import annotations
 import dataclasses, platform, subprocess, time
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib import metadata
 from typing import Any, Callable, Iterable
 import numpy as np, pandas as pd, sqlalchemy as sa, torch
 from safetensors.torch import load as load_safetensors, save as save_safetensors
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 from .core import Edge, FsmlError, Lab, Predictions, Preprocess, Run, canonical_json, ensure, html_table, link, now_us, progress, seed_all, sha256
 from .data.load import Loader, augment_affine, normalise
@@ -21,6 +22,7 @@ __all__ = ['environment', 'git_state', 'runs', 'metrics', 'TrainConfig', 'Fitted
            'out_of_fold']
 
 # %% ../nbs/50_train.ipynb #c004
+@lru_cache  # reading some hundred packages' metadata takes a third of a second
 def environment() -> dict[str, Any]:
     "Python, platform and the version of every installed package."
     packages = sorted({f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions() if d.metadata["Name"]})
@@ -160,7 +162,7 @@ def fit(
     run = Run(f"r{now_us():x}", name, what, seed, data.version.root, commit, dirty, sha256(canonical_json(env).encode()), device, threads, effective_batch=config.batch_size)
     key = sha256(canonical_json([run.config_sha, seed, run.data_root, run.env_sha, device, threads]).encode())
     if done := _finished(lab, key, make_model, device): return done
-    return _train(lab, model.to(device), data, pre, config, run, key, train, valid)
+    return _train(lab, model.to(device, memory_format=torch.channels_last), data, pre, config, run, key, train, valid)
 
 def _ids_record(split: str | list[str]): return split if isinstance(split, str) else sha256(canonical_json(sorted(split)).encode())
 

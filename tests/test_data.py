@@ -1,9 +1,10 @@
 """Data under fire: the journal against a plain model, versions that never move, processes that write and die together, tensors that are the same every time."""
-import csv, dataclasses, hashlib, io, itertools, json, multiprocessing, os, signal, time
+import csv, dataclasses, hashlib, itertools, json, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import sqlalchemy as sa
 import torch
@@ -18,11 +19,11 @@ from fsml_lab.core import Annotation, ClassTable, FsmlError, Lab, Preprocess, tr
 from fsml_lab.data.journal import Dataset, NewSample
 from fsml_lab.data.load import Loader, augment_affine, epoch_order, normalise, preprocess_pixels
 from fsml_lab.data.version import verify
+from data_worker import encode, label, new, pixels
 from servers import postgresql
 
 SAMPLES = Path(__file__).resolve().parent.parent/"data_samples"
 NAMES = ["cat", "dog", "bird"]
-spawn = multiprocessing.get_context("spawn")
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -34,17 +35,6 @@ def lab(request, tmp_path):
 
 @pytest.fixture
 def ds(lab): return Dataset(lab, "pets", NAMES)
-
-
-def encode(pixels, kind="PNG", **kw):
-    f = io.BytesIO()
-    Image.fromarray(pixels).save(f, kind, **kw)
-    return f.getvalue()
-
-
-def pixels(i, size=(5, 7)): return np.random.default_rng(i).integers(0, 256, (*size, 3), np.uint8)
-def new(i, **kw): return NewSample(encode(pixels(i)), f"s{i:03d}", **kw)
-def label(ann_id, sample_id, class_id, author="ada", **kw): return Annotation(ann_id, sample_id, "label", class_id, author=author, **kw)
 
 
 # ---- the journal ----
@@ -281,6 +271,11 @@ def test_one_changed_label_is_one_line_of_the_diff(ds):
     d = ds.diff(1)
     assert d.rows.drop(columns="at").values.tolist() == [["s002", "s002", "label", "bird", "cat", "ben"]] and d.rows["at"][0] == pd.Timestamp("2023-11-14 22:13:20", tz="UTC")
     assert ds.diff("v2", "v1").rows[["old", "new"]].values.tolist() == [["cat", "bird"]] and len(ds.diff("v1", "pets@v1")) == 0
+    ds.remove("s004", author="cy")
+    ds.commit("three")
+    gone = ds.diff("v2", "v3")
+    assert gone.rows[["row", "field", "old", "new", "author"]].values.tolist() == [["s004", "sample", "7 x 5 px", None, "cy"], ["s004", "label", "dog", None, "cy"]] and "2 removed" in str(gone)
+    assert "2 added" in str(ds.diff("v3", "v2")) and "no change" in str(ds.diff(1, 1)) and "<i>none</i>" in gone._repr_html_()
     assert "s002" in d._repr_html_() and "data:image/png" in d._repr_html_()
 
 
@@ -306,8 +301,9 @@ def test_what_is_opened_cannot_be_changed(ds):
     few(ds)
     ds.commit("one")
     f = ds.lab.open("pets@latest")
-    f.samples.loc[:, "split"] = "stolen"
-    f.labels()["class_id"] = 9
+    s, a, l = f.samples, f.annotations, f.labels()
+    s["split"], a["class_id"], l["class_id"] = "stolen", 9, 9
+    s.iloc[0, 0] = "stolen"
     assert set(f.samples["split"]) == {"train", "test"} and f.labels("train")["sample_id"].tolist() == ["s001", "s003", "s005"] and f.labels()["class_id"].max() == 2
     assert (f.pixels("s004") == pixels(4)).all() and f.sample("s004") == ds.sample("s004") and f.bytes("s004") == encode(pixels(4))
     assert f is ds.lab.open(f.version.root) and f.version == ds.version(1)
@@ -344,7 +340,7 @@ def test_verify_finds_a_forged_row(lab):
     few(ds)
     ds.commit("one")
     f = lab.open("pets@v1")
-    forged = f._annotations.set_column(3, f._annotations.schema.field(3), [[1] * 6])
+    forged = f._annotations.set_column(3, f._annotations.schema.field(3), pa.array([1] * 6, pa.int32()))
     r = dict(fsml="version", schema=1, version=f.version.to_dict(), task=f.task, objects=f._objects | dict(annotations=lab.store().put(version._to_ipc(forged))))
     with lab.write() as conn: conn.execute(version.version_t.update().values(record=lab.store().put(json.dumps(r).encode())))
     assert [p[0] for p in verify(lab, "pets@v1").problems] == ["the root"]
@@ -352,32 +348,27 @@ def test_verify_finds_a_forged_row(lab):
 
 # ---- together ----
 
-def _writer(home, database, k, rounds):
-    lab = Lab(home, database=database, durability="normal")
-    ds = Dataset(lab, "pets", NAMES)
-    for r in range(rounds):
-        ds.add([new(i) for i in (r, 100 + 50*k + r)], progress=False)   # one that both add, one of its own
-        ds.annotate([label(f"w{k}-{r}", f"s{r:03d}", k, f"w{k}"), label(f"own{k}-{r}", f"s{100 + 50*k + r:03d}", k, f"w{k}")])
-        ds.commit(f"w{k} {r}")
+def start(lab, *ks, rounds):
+    "Processes that write to the data set, all ready and let loose together."
+    ps = [subprocess.Popen([sys.executable, Path(__file__).with_name("data_worker.py"), lab.home, lab.settings.database, str(k), str(rounds)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for k in ks]
+    assert [p.stdout.readline() for p in ps] == ["ready\n"] * len(ps)
+    for p in ps:
+        p.stdin.write("go\n")
+        p.stdin.flush()
+    return ps
 
 
 def test_two_processes_add_annotate_and_commit_at_once(lab):
-    rounds = 15
-    Dataset(lab, "pets", NAMES)
-    url = lab.settings.database or None
-    ps = [spawn.Process(target=_writer, args=(lab.home, url, k, rounds)) for k in (0, 1)]
-    for p in ps: p.start()
-    for p in ps: p.join(120)
-    assert [p.exitcode for p in ps] == [0, 0]
-    ds = Dataset(lab, "pets")
+    ds, rounds = Dataset(lab, "pets", NAMES), 12
+    for p in start(lab, 0, 1, rounds=rounds): assert p.wait(120) == 0
     ds.commit("the end")
     vs = ds.versions()
     assert [v.n for v in vs] == list(range(1, len(vs) + 1)) and all(b.parent == a.root for a, b in itertools.pairwise(vs)) and len({v.root for v in vs}) == len(vs)
     assert len(ds.samples()) == 3 * rounds and len(ds.annotations(history=True)) == 4 * rounds   # nothing lost, nothing double
-    own = dict(ds.lab.open("pets@latest").labels()[["sample_id", "class_id"]].itertuples(index=False, name=None))
-    assert {own[f"s{100 + 50*k + r:03d}"] == k for k in (0, 1) for r in range(rounds)} == {True}
-    seen = [set(lab.open(f"pets@v{v.n}").samples["sample_id"]) for v in vs]
-    assert all(a <= b for a, b in itertools.pairwise(seen)) and {v.author for v in vs} == {""} and len({v.message.split()[0] for v in vs}) >= 2
+    own = dict(lab.open("pets@latest").labels()[["sample_id", "class_id"]].itertuples(index=False, name=None))
+    assert all(own[f"s{100 + 50*k + r:03d}"] == k for k in (0, 1) for r in range(rounds))
+    seen = [set(lab.open(str(v)).samples["sample_id"]) for v in vs]
+    assert all(a <= b for a, b in itertools.pairwise(seen)) and {v.message.split()[0] for v in vs} >= {"w0", "w1"}
     assert verify(lab, "pets@latest").ok
 
 
@@ -400,25 +391,17 @@ def test_a_commit_that_was_overtaken_reads_again(ds, monkeypatch):
 
 
 def test_killed_in_the_middle_nothing_is_half(lab):
-    Dataset(lab, "pets", NAMES)
-    url = lab.settings.database or None
-    rng, last = np.random.default_rng(3), 0
-    for k in range(3):
-        p = spawn.Process(target=_writer, args=(lab.home, url, k, 40))
-        p.start()
-        ds, start = Dataset(lab, "pets"), len(Dataset(lab, "pets").versions())
-        end = time.monotonic() + 60
-        while len(ds.versions()) < start + 2 and time.monotonic() < end and p.is_alive(): time.sleep(.005)
-        time.sleep(float(rng.uniform(0, .1)))
-        os.kill(p.pid, signal.SIGKILL)
-        p.join()
-        vs = ds.versions()
-        assert len(vs) >= start + 2 > last and [v.n for v in vs] == list(range(1, len(vs) + 1))
-        for v in vs: assert verify(lab, str(v)).ok
-        for s in ds.samples()["sample_id"]: assert ds.pixels(s).shape == (5, 7, 3)
-        last = start + 2
-        ds.commit("after the kill")
-        assert lab.open("pets@latest").labels()["sample_id"].tolist() == ds.labels()["sample_id"].tolist()
+    ds = Dataset(lab, "pets", NAMES)
+    p, end = start(lab, 0, rounds=1000)[0], time.monotonic() + 60
+    while len(ds.versions()) < 3 and time.monotonic() < end: time.sleep(.002)
+    time.sleep(.0371)
+    p.kill()
+    assert p.wait() == -9   # it was still at work
+    vs = ds.versions()
+    assert len(vs) >= 3 and [v.n for v in vs] == list(range(1, len(vs) + 1)) and all(verify(lab, str(v)).ok for v in vs)
+    assert all(ds.pixels(s).shape == (5, 7, 3) for s in ds.samples()["sample_id"])
+    ds.commit("after the kill")
+    assert lab.open("pets@latest").labels()["sample_id"].tolist() == ds.labels()["sample_id"].tolist()
 
 
 # ---- the loader ----

@@ -112,6 +112,13 @@ def test_broken_exif_is_a_note_in_every_thread_and_no_warning():
     assert not caught and len(results) == 120 and warnings.filters == before
     assert all(len(bad) == 1 and "EXIF" in bad[0] and fine == () for bad, fine in results)
 
+def test_warnings_of_others_are_passed_on():
+    from fsml_lab.data.images import _noted
+    notes = []
+    with pytest.warns(UserWarning, match="mine"):
+        with _noted(notes): warnings.warn("mine")
+    assert notes == []
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_can_decode_while_others_do():
     code = """

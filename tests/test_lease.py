@@ -228,12 +228,13 @@ def test_nothing_lost_and_nothing_double_when_a_worker_is_killed(lab):
     q = LeaseQueue(lab, "items", max_attempts=None)
     q.put(f"once {i}" for i in range(150))
     q.put((f"twice {i}" for i in range(25)), need=2)
-    command = lambda owner, *more: [sys.executable, HERE/"lease_worker.py", lab.home, lab.settings.database, "items", owner, "1.5", *more]
+    command = lambda owner, *more: [sys.executable, HERE/"lease_worker.py", lab.home, lab.settings.database, "items", owner, "2", *more]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
     victim = subprocess.Popen(command("victim", "slow"), env=env, stdout=subprocess.PIPE, text=True)
-    others = [subprocess.Popen(command(f"worker {k}"), env=env, stderr=subprocess.PIPE, text=True) for k in range(3)]
     assert victim.stdout.readline() == "holding\n"
     held = {x.item_id for x in q.held("victim")}
+    others = [subprocess.Popen(command(f"worker {k}"), env=env, stderr=subprocess.PIPE, text=True) for k in range(3)]
+    while q.counts()["done"] < 20 and any(p.poll() is None for p in others): time.sleep(.01)  # they are at it
     victim.kill()  # SIGKILL
     victim.communicate()
     for p in others: assert p.wait(60) == 0, p.stderr.read()
@@ -262,7 +263,8 @@ def test_a_forked_child_works_beside_its_parent(lab):
     mine += [q.claim("parent")[0] for _ in range(15)]
     assert os.waitpid(pid, 0)[1] == 0
     theirs = os.read(r, 1000).decode().split()
-    os.close(r), os.close(w)
+    os.close(r)
+    os.close(w)
     assert len(theirs) == 15 and len({*theirs, *(x.item_id for x in mine)}) == 31
     assert all(q.submit(x) for x in mine) and q.counts()["leased"] == 15
 

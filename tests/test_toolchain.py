@@ -176,6 +176,20 @@ def test_jupyter_saves_clean_notebooks_and_writes_their_modules(tmp_path):
     assert not (tmp_path/"old/demo").exists()
 
 
+def test_notebook_tests_honour_directives(tmp_path):
+    (tmp_path/"nbs").mkdir()
+    for f in ("conftest.py", "pyproject.toml"): shutil.copy(ROOT/f, tmp_path)
+    cell = lambda i, src, *outputs: {"cell_type": "code", "id": f"c{i}", "metadata": {}, "execution_count": None, "source": src, "outputs": list(outputs)}
+    three = {"output_type": "execute_result", "execution_count": None, "metadata": {}, "data": {"text/plain": "3"}}
+    sources = ["import os; e = os.environ; assert e['IN_TEST'] == e['OMP_NUM_THREADS'] == '1' and 'fsml-tests' in e['FSML_HOME'] and os.getcwd().endswith('nbs')", "#| eval: false\n1/0", "#| notest\n1/0", "#| slow\n1/0", "#|gpu\nimport torch; assert torch.cuda.is_available()"]
+    nb = {"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [*map(cell, range(5), sources), cell(5, "# NBVAL_CHECK_OUTPUT\n1 + 1", three), cell(6, "1 + 1", three)]}
+    (tmp_path/"nbs/a.ipynb").write_text(json.dumps(nb))
+    r = run(sys.executable, "-m", "pytest", "nbs", "-p", "no:cacheprovider", cwd=tmp_path)
+    last = r.stdout.strip().splitlines()[-1]
+    # the cell whose output is checked fails, the one that is not passes; eval: false, notest and slow are left out
+    assert "1 failed" in last and "3 deselected" in last and ("2 passed, 1 skipped" in last or "3 passed" in last), r.stdout
+
+
 # -- imports -----------------------------------------------------------------------------------------------------------
 
 def _imported(source: str, module: str) -> set[str]:

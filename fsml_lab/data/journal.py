@@ -5,6 +5,7 @@
 # %% ../../nbs/21_data.journal.ipynb #c002
 from __future__ import annotations
 import dataclasses, json, math, re, secrets
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Literal
@@ -14,8 +15,8 @@ from ..core import (Annotation, ClassTable, FsmlError, Lab, Sample, Split, arrow
 from .images import admit, decode, encode_png
 
 # %% auto #0
-__all__ = ['dataset_t', 'sample_t', 'annotation_t', 'change_t', 'SAMPLE_SCHEMA', 'ANNOTATION_SCHEMA', 'TASKS', 'NewSample',
-           'ImportReport', 'Dataset']
+__all__ = ['dataset_t', 'sample_t', 'annotation_t', 'change_t', 'SAMPLE_SCHEMA', 'ANNOTATION_SCHEMA', 'NewSample', 'ImportReport',
+           'Dataset']
 
 # %% ../../nbs/21_data.journal.ipynb #c005
 _METADATA = sa.MetaData()
@@ -122,19 +123,17 @@ class ImportReport:
 
 # %% ../../nbs/21_data.journal.ipynb #c014
 def _sample_row(
-    lab: Lab,
     name: str,       # data set
     new: NewSample,
     data: bytes,     # its encoded bytes
     sha: str,        # their sha256
     note,            # called with (item, text)
 ) -> dict:
-    "The row of a new sample, its bytes stored; `FsmlError` on an unfit image or description."
+    "The row of a new sample; `FsmlError` on an unfit image or description."
     a = admit(data, name=new.where)
     for text in a.notes: note(new, f"Added, but {text}.")
     s = Sample(new.sample_id or sha[:16], sha, a.width, a.height, new.group, new.split, new.source or (str(new.data) if isinstance(new.data, (str, Path)) else ""), new.licence, new.subject, new.meta)
     row = {k: _plain(v, f"{k} of {new.where or s.sample_id}") if k == "meta" or isinstance(v, str) else v for k, v in s.to_dict().items() if k != "schema"}
-    lab.store().put(data)
     return dict(row, dataset=name, phash=int(np.uint64(a.phash).astype(np.int64)), at=now_us(), salt=secrets.token_bytes(16), removed=False)
 
 # %% ../../nbs/21_data.journal.ipynb #c016
@@ -203,7 +202,7 @@ def _insert(
 # %% ../../nbs/21_data.journal.ipynb #c020
 def _add(lab: Lab, name: str, items, show: bool) -> ImportReport:
     "Import `items`; the work behind `Dataset.add`."
-    refused, notes, ids, added = [], [], {}, 0
+    refused, notes, ids, added, store = [], [], {}, 0, lab.store()
     def refuse(i, new, e):
         ids[i] = ""
         refused.append((new.where or e.where or f"item {i}", e.what, e.remedy))
@@ -215,10 +214,11 @@ def _add(lab: Lab, name: str, items, show: bool) -> ImportReport:
         for i, new, data, sha in batch: same.setdefault(sha, []).append((i, new, data))
         rows = {}
         for sha, group in same.items():
-            try: row = None if sha in have else _sample_row(lab, name, group[0][1], group[0][2], sha, note)
+            try: row = None if sha in have else _sample_row(name, group[0][1], group[0][2], sha, note)
             except FsmlError as e:
                 for i, new, _ in group: refuse(i, new, e)
             else: rows[sha] = ([(i, new) for i, new, _ in group], row)
+        with ThreadPoolExecutor(8) as pool: list(pool.map(store.put, [same[sha][0][2] for sha, (_, row) in rows.items() if row]))
         n, got = _insert(lab, name, rows, refuse, note)
         added, ids = added + n, ids | got
     return ImportReport(added, sum(bool(v) for v in ids.values()) - added, tuple(refused), tuple(notes), tuple(ids[i] for i in sorted(ids)))
@@ -332,12 +332,12 @@ def _history(conn: sa.Connection, name: str) -> pd.DataFrame:
     return _frame(_table(rows, schema, ["seq"]))
 
 # %% ../../nbs/21_data.journal.ipynb #c029
-TASKS = ("classify", "detect", "read")
+_TASKS = ("classify", "detect", "read")
 
 def _create(lab: Lab, name: str, classes: ClassTable, task: str) -> sa.Row:
     "The row of data set `name`, made when it is new; `FsmlError` when the one there differs."
     if not re.fullmatch(r"[\w][\w.-]*", name): raise FsmlError(f"{name!r} is no name for a data set.", "Dataset", "Use letters, digits, '-', '_' and '.', for example digits.")
-    if task not in TASKS: raise FsmlError(f"There is no task {task!r}.", f"data set {name}", f"Use one of: {', '.join(TASKS)}.")
+    if task not in _TASKS: raise FsmlError(f"There is no task {task!r}.", f"data set {name}", f"Use one of: {', '.join(_TASKS)}.")
     with lab.write() as conn:
         if conn.dialect.name == "postgresql": conn.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(f"data_dataset {name}"))))
         row = conn.execute(sa.select(dataset_t).where(dataset_t.c.name == name)).first()

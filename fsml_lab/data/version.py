@@ -144,10 +144,11 @@ class _Objects:
         lab: Lab,
         record: str, # sha256 of the version's record
     ):
-        r = json.loads(lab.store().get(record))
+        self._store = lab.store()
+        r = json.loads(self._store.get(record))
         if r["schema"] > 1: raise FsmlError(f"This version was written by a newer fsml_lab (schema {r['schema']}, known here: 1).", str(r["version"].get("name")), "Upgrade fsml_lab.")
         self.lab, self.version, self.task, self._objects = lab, Version.from_dict(r["version"]), r["task"], r["objects"]
-    def _read(self, name: str) -> bytes: return self.lab.store().get(self._objects[name])
+    def _read(self, name: str) -> bytes: return self._store.get(self._objects[name])
     @cached_property
     def classes(self) -> ClassTable: return ClassTable.from_json(self._read("classes").decode())
     @cached_property
@@ -191,7 +192,7 @@ class Frozen(_Objects):
     def bytes(self, sample_id: str) -> bytes:
         "The encoded image, as it came in."
         if sample_id not in self._where: raise self._no(sample_id)
-        return self.lab.store().get(self._samples["blob"][self._where[sample_id]].as_py())
+        return self._store.get(self._samples["blob"][self._where[sample_id]].as_py())
     def pixels(self, sample_id: str, colour: Literal["rgb", "grey"] = "rgb") -> np.ndarray:
         "Its pixels, upright: uint8 (H, W, 3), or (H, W, 1) in grey."
         return decode(self.bytes(sample_id), colour)
@@ -339,7 +340,7 @@ class Diff:
         n = collections.Counter("added" if r.old is None else "removed" if r.new is None else "changed" for r in self.rows.itertuples())
         return f"{self.a.version} to {self.b.version}: " + (", ".join(f"{k} {v}" for v, k in n.items()) or "no change")
     def _repr_html_(self, most: int = 20):
-        cell = lambda v: "<i>none</i>" if v is None else escape(str(v))
+        cell = lambda v: "<i>none</i>" if v is None else escape(str([f"{x:g}" for x in v] if isinstance(v, list) and isinstance(v[0], float) else v))
         def line(r):
             f = self.b if r.sample_id in self.b._where else self.a
             when = "" if pd.isna(r.at) else f"{r.at:%Y-%m-%d %H:%M}"
@@ -359,7 +360,8 @@ def diff(self: Dataset,
     ref = lambda x: f"{self.name}@v{x}" if isinstance(x, int) else x if "@" in x or len(x) >= 8 and set(x) <= set("0123456789abcdef") else f"{self.name}@{x}"
     ra, rb = _find(self.lab, ref(a)), _find(self.lab, ref(b))
     fa, fb = self.lab.open(ref(a)), self.lab.open(ref(b))
-    rows = pd.DataFrame([vars(c) for c in _who(self, ra, rb, _changes(fa, fb))], columns=[f.name for f in fields(_Change)]).astype({"old": object, "new": object})
+    changes = _who(self, ra, rb, _changes(fa, fb))
+    rows = pd.DataFrame({f.name: pd.Series([getattr(c, f.name) for c in changes], dtype=object) for f in fields(_Change)})  # object: None stays None
     rows["at"] = pd.to_datetime(rows["at"].astype("Int64"), unit="us", utc=True)
     return Diff(fa, fb, rows)
 
@@ -391,5 +393,5 @@ def verify(
     for s in tables["samples"].select(["sample_id", "blob"]).to_pylist() if "samples" in tables else (): get(s["blob"], f"image of sample {s['sample_id']}")
     if not problems:
         header = _header(json.loads(record)["task"], sha256(objects["classes"]), v)  # type: ignore
-        if _root(header, _row_hashes(tables["samples"], "sample") + _row_hashes(tables["annotations"], "annotation")) != v.root: problems.append(("the root", "The rows do not give the root of this version.", "Restore the lab from a backup; do not trust figures of this version."))
+        if json.loads(record)["version"] != v.to_dict() or _root(header, _row_hashes(tables["samples"], "sample") + _row_hashes(tables["annotations"], "annotation")) != v.root: problems.append(("the root", "The rows do not give the root of this version.", "Restore the lab from a backup; do not trust figures of this version."))
     return Verification(str(v), sum(t.num_rows for t in tables.values()), tables["samples"].num_rows if "samples" in tables else 0, tuple(problems))

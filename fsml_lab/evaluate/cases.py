@@ -14,12 +14,12 @@ from ..data.version import Frozen
 from .report import METADATA, join, looks, record_look, tiles
 
 # %% auto #0
-__all__ = ['Cases', 'cases', 'to_html', 'suspects', 'to_queue']
+__all__ = ['Gallery', 'Cases', 'cases', 'suspects']
 
 # %% ../../nbs/72_evaluate.cases.ipynb #c007
 @dataclass(frozen=True, repr=False)
-class Cases:
-    "Samples of a split, sorted, with truth and prediction: a gallery in a notebook or an HTML file."
+class Gallery:
+    "Samples of a split, sorted, with truth and prediction, as pictures."
     table: pd.DataFrame  # sample_id, group, true, pred (-1: none), score, p_true, loss, correct
     frozen: Frozen
     split: str
@@ -29,10 +29,10 @@ class Cases:
     render: Callable[[np.ndarray], np.ndarray] | None = None # uint8 pixels -> uint8 pixels to show
     def __len__(self): return len(self.table)
     def __iter__(self) -> Iterator[str]: return iter(self.ids)
-    def __repr__(self): return f"Cases({self.title}: {len(self)} of {self.frozen.version} {self.split})"
+    def __repr__(self): return f"{type(self).__name__}({self.title}: {len(self)} of {self.frozen.version} {self.split})"
     @property
     def ids(self) -> list[str]: return self.table["sample_id"].tolist()
-    def head(self, n: int) -> "Cases": return replace(self, table=self.table.head(n))
+    def head(self, n: int): return replace(self, table=self.table.head(n))
     def _name(self, c: int) -> str: return "no answer" if c < 0 else self.frozen.classes.name(int(c))
     def gallery(self,
         n: int | None = 24, # cases shown, None: all
@@ -47,7 +47,38 @@ class Cases:
         return f"<p><b>{escape(self.title)}</b>: {len(self)} of {escape(str(self.frozen.version))} {escape(self.split)}{shown}. Given label → prediction (score).</p>"
     def _repr_html_(self): return self._head(24) + self.gallery(24)
 
-# %% ../../nbs/72_evaluate.cases.ipynb #c008
+# %% ../../nbs/72_evaluate.cases.ipynb #c009
+_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
+<style>:root{{color-scheme:light dark}}body{{font:14px/1.4 system-ui,sans-serif;margin:1em}}</style></head><body>{body}</body></html>
+"""
+
+class Cases(Gallery):
+    "Sorted cases: a gallery in a notebook, an HTML file, or a batch for the labelling queue."
+    def to_html(self,
+        path: str | Path,        # file to write
+        *, n: int | None = None, # cases shown, None: all
+        px: int = 72,
+    ) -> Path:
+        "Write the gallery as one HTML page, pictures inside; its path."
+        body = self._head(n) + self.gallery(n, px) + f"<p>{escape(str(looks(self.frozen, self.split)))}</p>"
+        return atomic_write(path, _PAGE.format(title=escape(f"{self.title}, {self.frozen.version} {self.split}"), body=body).encode())
+    def to_queue(self,
+        queue: Any,              # annotate.queue.LabelQueue, or anything with send_back(sample_ids, why)
+        *, n: int | None = None, # the first n, None: all
+        why: str = "",           # said to the annotator; the cases' own reason by default
+        test: bool = False,      # allow a test split, which then is no untouched one any more
+    ) -> int:
+        "Send the cases back for labelling; how many. `FsmlError` for test samples without `test=True`."
+        if not hasattr(queue, "send_back"): raise FsmlError(f"A {type(queue).__name__} is no labelling queue.", "to_queue", "Give a LabelQueue of this data set.")
+        if self.split == "test" and not test:
+            raise FsmlError("These are test cases: relabelling them by a model's mistakes bends the measure.", f"{self.frozen.version} test", "Send back cases of train and valid; or say test=True, and it is recorded.")
+        if not (ids := self.ids if n is None else self.ids[:n]): return 0
+        queue.send_back(ids, why or self.why)
+        ensure(self.frozen.lab, METADATA)
+        with self.frozen.lab.write() as conn: record_look(conn, self.frozen, self.split, "queue", f"{len(ids)} of run {self.run_id}")
+        return len(ids)
+
+# %% ../../nbs/72_evaluate.cases.ipynb #c010
 def cases(
     predictions: Predictions,
     frozen: Frozen,
@@ -62,21 +93,6 @@ def cases(
     w = w.sort_values(["first", "by", "sample_id"]).drop(columns=["first", "by"]).reset_index(drop=True)
     return Cases(w, frozen, split, "Wrong cases", "The model disagrees with this label.", predictions.run_id, render)
 
-# %% ../../nbs/72_evaluate.cases.ipynb #c012
-_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
-<style>:root{{color-scheme:light dark}}body{{font:14px/1.4 system-ui,sans-serif;margin:1em}}</style></head><body>{body}</body></html>
-"""
-
-def to_html(
-    cases: Cases,
-    path: str | Path,       # file to write
-    *, n: int | None = None, # cases shown, None: all
-    px: int = 72,
-) -> Path:
-    "Write the gallery as one HTML page that needs nothing else, pictures inside; its path."
-    body = cases._head(n) + cases.gallery(n, px) + f"<p>{escape(str(looks(cases.frozen, cases.split)))}</p>"
-    return atomic_write(path, _PAGE.format(title=escape(f"{cases.title}, {cases.frozen.version} {cases.split}"), body=body).encode())
-
 # %% ../../nbs/72_evaluate.cases.ipynb #c015
 def suspects(
     predictions_oof: Predictions, # out-of-fold, with probs: each sample by a model that never saw its label
@@ -88,27 +104,7 @@ def suspects(
     "Given labels ranked by out-of-fold loss, the least believed first. `FsmlError` without probabilities."
     if n is not None and n < 0: raise FsmlError(f"{n} suspects cannot be listed.", "suspects, n", "Give n = 0 or more, or None.")
     j = join(predictions_oof, frozen, split)
-    if j["loss"].isna().all(): raise FsmlError("Suspects need probabilities, and these predictions have none.", f"run {predictions_oof.run_id!r}", "Predict with probs (one per class).")
+    if not np.isfinite(j["loss"]).any(): raise FsmlError("Suspects need probabilities, and these predictions have none.", f"run {predictions_oof.run_id!r}", "Predict with probs (one per class).")
     answered = j[j["pred"] >= 0].sort_values(["loss", "sample_id"], ascending=[False, True])
     found = (answered[~answered["correct"]] if n is None else answered.head(n)).reset_index(drop=True)
     return Cases(found, frozen, split, "Suspect labels", "This label looks wrong: a model that never saw it finds it unlikely.", predictions_oof.run_id, render)
-
-# %% ../../nbs/72_evaluate.cases.ipynb #c020
-def to_queue(
-    cases: Cases,
-    queue: Any,          # annotate.queue.LabelQueue, or anything with send_back(sample_ids, why)
-    n: int | None = None, # the first n, None: all
-    *, why: str = "",    # said to the annotator; the cases' own reason by default
-    test: bool = False,  # allow a test split, which then is no untouched one any more
-) -> int:
-    "Send the cases back for labelling; how many. `FsmlError` for test samples without `test=True`."
-    if not hasattr(queue, "send_back"): raise FsmlError(f"A {type(queue).__name__} is no labelling queue.", "to_queue", "Give a LabelQueue of this data set.")
-    if cases.split == "test" and not test:
-        raise FsmlError("These are test cases: relabelling them by a model's mistakes bends the measure.", f"{cases.frozen.version} test", "Send back cases of train and valid; or say test=True, and it is recorded.")
-    ids = cases.ids if n is None else cases.ids[:n]
-    if not ids: return 0
-    queue.send_back(ids, why or cases.why)
-    with cases.frozen.lab.write() as conn: record_look(conn, cases.frozen, cases.split, "queue", f"{len(ids)} of run {cases.run_id}")
-    return len(ids)
-
-Cases.to_queue, Cases.to_html = to_queue, to_html  # type: ignore[attr-defined]

@@ -30,7 +30,7 @@ def _words(d: Figure, p: float, fixed: int, broken: int) -> str:
 
 def _limits(frozen: Frozen, split: str, j: pd.DataFrame, missing: tuple[int, int], n: Looks) -> list[str]:
     "What the comparison does not know."
-    g = j["group"][j["group"] != ""].nunique()
+    g = len(set(j["group"]) - {""})
     out = [f"It speaks of images like these {len(j)} ({frozen.version} {split}{f', {g} groups' if 1 < g < len(j) else ''}), not of other sources.",
            "It compares two trained models, not two methods: another seed gives another difference.",
            "The given labels are taken as right."]
@@ -73,7 +73,7 @@ class Comparison:
     def _repr_html_(self):
         figs = html_table([(who, n, str(f).split(" ", 1)[1]) for who, n, f in zip("AB", self.names, (self.accuracy_a, self.accuracy_b))], ("", "run", "accuracy"))
         items = "".join(f"<li>{escape(x)}</li>" for x in self.limits)
-        return f"<p><b>{escape(self.words)}</b></p>{figs}{self.strip('fixed')}{self.strip('broken')}<p style='margin:6px 0 2px'>What this does not say:</p><ul style='margin:0'>{items}</ul>"
+        return f"<p><b>{escape(self.words)}</b></p>{figs}{self.strip('fixed', 8)}{self.strip('broken', 8)}<p style='margin:6px 0 2px'>What this does not say:</p><ul style='margin:0'>{items}</ul>"
 
 # %% ../../nbs/71_evaluate.compare.ipynb #c009
 def compare(

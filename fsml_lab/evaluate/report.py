@@ -32,8 +32,9 @@ def _same_data(p: Predictions, frozen: Frozen, ids: list[str]):
 
 def _probs(p: pd.DataFrame, k: int) -> np.ndarray | None:
     "Probabilities (n, k), or None when there are none; `FsmlError` for anything else."
-    if p["probs"].isna().all(): return None
-    if p["probs"].isna().any() or {len(x) for x in p["probs"]} != {k}: raise FsmlError(f"Some predictions have no probabilities, or not {k} of them.", "predictions.probs", "Give one probability per class of the table, in its order, on each row.")
+    given = p["probs"].notna().to_numpy()
+    if not given.any(): return None
+    if not given.all() or {len(x) for x in p["probs"]} != {k}: raise FsmlError(f"Some predictions have no probabilities, or not {k} of them.", "predictions.probs", "Give one probability per class of the table, in its order, on each row.")
     x = np.stack(p["probs"].to_numpy()).astype(np.float64)
     if not (np.isfinite(x) & (x >= 0)).all() or np.abs(x.sum(1) - 1).max() > .01: raise FsmlError("Probabilities are NaN, negative, or do not sum to 1.", f"predictions.probs, sample {p['sample_id'].iloc[int(np.argmax(~(np.abs(x.sum(1) - 1) <= .01)))]!r}", "Apply softmax to the logits first.")
     return x

@@ -13,7 +13,7 @@ from typing import Any, Iterable
 import numpy as np
 import onnx
 
-from ..core import ClassTable, Figure, FsmlError, Preprocess, Shared, atomic_write, canonical_json, html_table, sha256
+from ..core import ClassTable, Figure, FsmlError, Preprocess, atomic_write, canonical_json, html_table, sha256
 if typing.TYPE_CHECKING: import onnxruntime, torch
 
 # %% auto #0
@@ -24,7 +24,7 @@ __all__ = ['Deployable', 'run_torch', 'check_images', 'Exported', 'parse_onnx', 
 @dataclass(frozen=True, eq=False)
 class Deployable:
     "A trained model with all that is needed to use it."
-    model: Any                             # torch.nn.Module: float32 (B, C, H, W), normalised -> a tensor for each of `outputs`
+    model: Any = field(repr=False)         # torch.nn.Module: float32 (B, C, H, W), normalised -> a tensor for each of `outputs`
     pre: Preprocess                        # how an image becomes the model's input
     classes: ClassTable                    # in the order of the model's class axis
     task: str = "classify"                 # classify adds softmax; detect and read give their raw heads
@@ -57,6 +57,14 @@ def _door(d: Deployable) -> "torch.nn.Module":
     return Door().eval()
 
 # %% ../../nbs/85_export.onnx.ipynb #c012
+@contextlib.contextmanager
+def _evaluating(model):
+    "`model` in evaluation mode; afterwards each part is in the mode it was in."
+    modes = [(m, m.training) for m in model.modules()]
+    try: yield model.eval()
+    finally:
+        for m, mode in modes: m.training = mode
+
 def run_torch(
     d: Deployable,
     images: np.ndarray,     # uint8 (N, H, W, C), of the model's size
@@ -65,15 +73,12 @@ def run_torch(
     "The research model's outputs by name, normalised by the loader's own function: what every exported form is held against."
     import torch
     from fsml_lab.data.load import normalise
-    x, was, outs = torch.from_numpy(check_images(d.pre, images)).permute(0, 3, 1, 2), d.model.training, []
-    try:
-        d.model.eval()
-        with torch.inference_mode():
-            for i in range(0, len(x), batch_size):
-                out = d.model(normalise(x[i:i + batch_size], d.pre))
-                out = out if isinstance(out, (tuple, list)) else (out,)
-                outs.append((*out, out[0].softmax(-1)) if d.task == "classify" else out)
-    finally: d.model.train(was)
+    x, outs = torch.from_numpy(check_images(d.pre, images)).permute(0, 3, 1, 2), []
+    with _evaluating(d.model), torch.inference_mode():
+        for i in range(0, len(x), batch_size):
+            out = d.model(normalise(x[i:i + batch_size], d.pre))
+            out = out if isinstance(out, (tuple, list)) else (out,)
+            outs.append((*out, out[0].softmax(-1)) if d.task == "classify" else out)
     names = (*d.outputs, "probs") if d.task == "classify" else d.outputs
     if len(outs[0]) != len(names): raise FsmlError(f"The model gives {len(outs[0])} tensors for {len(names)} names.", "Deployable.outputs", "Name each tensor that the model returns.")
     return {n: torch.cat(o).numpy() for n, o in zip(names, zip(*outs))}
@@ -98,7 +103,7 @@ def _quiet():
     "Hold back what the exporter and the quantizer say about themselves; warnings of any other package pass."
     logs = {logging.getLogger(n): logging.getLogger(n).level for n in _NOISY}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"(torch|torchao|onnxscript|onnx_ir|copyreg)\b")
+        warnings.filterwarnings("ignore", module=r"(.*[/\\])?(torch|torchao|onnxscript|onnx_ir|copyreg)\b")
         warnings.filterwarnings("ignore", message=r"Exporting a model while it is in training mode|# 'dynamic_axes'")
         for log in logs: log.setLevel(logging.ERROR)
         try: yield
@@ -189,19 +194,16 @@ def export_onnx(
     "`d` as one ONNX file: uint8 (N, H, W, C) in, any N; checked by the ONNX checker. `FsmlError` when the model does not export."
     k = run_torch(d, np.zeros((2, *d.pre.size, d.channels), np.uint8))[d.outputs[0]].shape
     if d.task == "classify" and k != (2, len(d.classes)): raise FsmlError(f"The model gives shape {k} for 2 images and {len(d.classes)} classes.", "Deployable.model", "The model must give one logit a class: check the head and the class table.")
-    data = _to_onnx(d, _door(d), opset, form="fp32")
+    with _evaluating(d.model): data = _to_onnx(d, _door(d), opset, form="fp32")
     return Exported(data, None if path is None else atomic_write(path, data))
 
 def _to_onnx(d: Deployable, door, opset: int, form: str, **meta: str) -> bytes:
     import torch
     example = (torch.zeros((2, *d.pre.size, d.channels), dtype=torch.uint8),)
     names = [*d.outputs, *(["probs"] if d.task == "classify" else [])]
-    was = d.model.training
-    d.model.eval()
     try:
         with _quiet(): m = torch.onnx.export(door, example, dynamo=True, opset_version=opset, external_data=False, verbose=False, input_names=["image"], output_names=names, dynamic_shapes=({0: "batch"},)).model_proto
     except Exception as e: raise FsmlError(f"The model does not export: {_reason(e)}", type(d.model).__name__, "Replace that operation; data-dependent shapes and NMS belong outside the model.") from e
-    finally: d.model.train(was)
     _check_export(m, opset)
     return _bytes(_strip(m), schema="1", form=form, task=d.task, classes=d.classes.to_json(), preprocess=d.pre.to_json(), lineage=canonical_json(d.meta), **meta)
 
@@ -253,8 +255,8 @@ def parity(
     "Largest relative error of the exported model's raw heads against torch's; `FsmlError` above `limit`."
     ref, got = run_torch(d, images), run_onnx(onnx_model, images)
     if missing := set(d.outputs) - set(got): raise FsmlError(f"The exported model has no output {sorted(missing)[0]!r}.", "parity", "Compare a model with its own export.")
+    if bad := [n for n in d.outputs if not (np.isfinite(ref[n]).all() and np.isfinite(got[n]).all())]: raise FsmlError(f"The output {bad[0]!r} holds NaN or infinity.", "parity", "Look at the model's weights: training diverged, or a layer overflows.")
     worst, name = max((float(np.abs(got[n] - ref[n]).max()/max(np.abs(ref[n]).max(), 1e-30)), n) for n in d.outputs)
-    if not np.isfinite(worst): raise FsmlError(f"The output {name!r} holds NaN or infinity.", "parity", "Look at the model's weights: training diverged, or a layer overflows.")
     if limit is not None and worst > limit: raise FsmlError(f"The exported model differs from torch by {worst:.1e} relative, more than {limit:.0e}.", f"output {name!r}", "Do not ship it: export again from these weights, and compare the versions of torch and onnxruntime.")
     return Figure("parity_rel", worst, n=len(images), unit="rel", better="lower", method="max |a-b| / max |b| of raw heads", stage="export")
 

@@ -4,21 +4,20 @@
 
 # %% ../../nbs/86_export.quantize.ipynb #c002
 from __future__ import annotations
-import math, tempfile, typing
+import math, tempfile
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Iterable, Literal, Sequence
+from typing import Any, Literal, Sequence
 
 import numpy as np
 import onnx
 
 from .. import metrics
 from ..core import Figure, FsmlError, canonical_json, html_table, sha256
-from .onnx import Deployable, Exported, check_images, export_onnx, parse_onnx, read_onnx, run_onnx, session
-from .onnx import _bytes, _door, _latency_figures, _quiet, _reason, _strip, _times_ms, _to_onnx
-if typing.TYPE_CHECKING: import torch
+from .onnx import Deployable, Exported, check_images, parse_onnx, read_onnx, run_onnx, run_torch
+from .onnx import _bytes, _door, _evaluating, _latency_figures, _quiet, _reason, _strip, _times_ms, _to_onnx
 
 # %% auto #0
 __all__ = ['Calibration', 'calibration', 'to_onnxruntime', 'Quantized', 'quantize', 'Finding', 'Findings', 'lint', 'fused',
@@ -30,7 +29,7 @@ class Calibration:
     "Images that set the scales of activations, and where they come from."
     images: np.ndarray = field(repr=False)  # uint8 (N, H, W, C), of the model's size
     root: str = ""                          # root of the data version
-    ids: tuple[str, ...] = ()               # sample ids, in the order of the images
+    ids: tuple[str, ...] = field(default=(), repr=False) # sample ids, in the order of the images
     MIN = 32                                # fewer say too little about the range of an activation
     def __post_init__(self):
         x = np.asarray(self.images)
@@ -60,7 +59,7 @@ def calibration(
     images = np.stack([preprocess_pixels(frozen.pixels(i, pre.colour), pre) for i in ids])
     return Calibration(images, frozen.version.root, tuple(ids))
 
-# %% ../../nbs/86_export.quantize.ipynb #c011
+# %% ../../nbs/86_export.quantize.ipynb #c014
 @lru_cache
 def _pt2e():
     "torchao's PT2E and our quantizer class, loaded when they are needed."
@@ -86,7 +85,7 @@ def _pt2e():
         def validate(self, model): "Nothing to check beyond what the linter checks on the file."
     return prepare_pt2e, convert_pt2e, TensorRTQuantizer
 
-# %% ../../nbs/86_export.quantize.ipynb #c012
+# %% ../../nbs/86_export.quantize.ipynb #c015
 def _kind(n, aten) -> str:
     "conv, linear or (residual) add; empty for what stays float."
     if n.op != "call_function": return ""
@@ -103,7 +102,7 @@ def _inside(n, scope: Sequence[str], skip: Sequence[str]) -> bool:
     below = lambda roots: any(p == r or p.startswith(r + ".") for p in paths for r in roots)
     return below(scope) and not below(skip)
 
-# %% ../../nbs/86_export.quantize.ipynb #c013
+# %% ../../nbs/86_export.quantize.ipynb #c016
 def _scope(d: Deployable, names: Sequence[str], what: str) -> tuple[str, ...]:
     "Paths inside the door of the model's modules `names`."
     known = [k for k, _ in d.model.named_modules()]
@@ -115,16 +114,15 @@ def _calibrate(d: Deployable, cal: Calibration, scope, skip):
     "The quantized torch module and what was quantized."
     import torch
     prepare, convert, Quantizer = _pt2e()
+    if not all(np.isfinite(v).all() for v in run_torch(d, cal.images).values()): raise FsmlError("The model gives NaN or infinity on calibration images.", "quantize", "Look at the model's weights: training diverged, or a layer overflows.")
     q, images = Quantizer(scope, skip), torch.from_numpy(check_images(d.pre, cal.images))
     with _quiet(), torch.no_grad():
         m = prepare(torch.export.export(_door(d), (images[:2],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)).module(), q)
         if not q.done["conv"] + q.done["linear"]: raise FsmlError("There is no convolution or linear layer to quantize.", "quantize(scope=…)", "Widen the scope, or ship the model as it is.")
-        for x in images.split(64):
-            out = m(x)
-            if not all(t.isfinite().all() for t in (out if isinstance(out, (tuple, list)) else (out,))): raise FsmlError("The model gives NaN or infinity on calibration images.", "quantize", "Look at the model's weights: training diverged, or a layer overflows.")
+        for x in images.split(64): m(x)
         return convert(m), q.done
 
-# %% ../../nbs/86_export.quantize.ipynb #c015
+# %% ../../nbs/86_export.quantize.ipynb #c018
 _KEEPS_SIGN = {"MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean", "ReduceMax", "Resize", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}
 
 def _non_negative(x: str, producer: dict) -> bool:
@@ -143,7 +141,7 @@ def _own_zero_points(m: onnx.ModelProto) -> onnx.ModelProto:
             n.input[2] = z.name
     return m
 
-# %% ../../nbs/86_export.quantize.ipynb #c016
+# %% ../../nbs/86_export.quantize.ipynb #c019
 def to_onnxruntime(
     s8: "Exported | bytes | str | Path", # a quantized model in TensorRT's dialect
 ) -> Exported:
@@ -160,7 +158,7 @@ def to_onnxruntime(
         for n in [q, *(n for n in g.node if q.output[0] in n.input)]: n.input[2] = z
     return Exported(_bytes(_strip(m), form="int8-onnxruntime"))
 
-# %% ../../nbs/86_export.quantize.ipynb #c017
+# %% ../../nbs/86_export.quantize.ipynb #c020
 @dataclass(frozen=True, eq=False)
 class Quantized:
     "One calibration in two dialects."
@@ -179,18 +177,16 @@ def quantize(
     skip: Sequence[str] = (),        # modules below these stay float
 ) -> Quantized:
     "`d` in INT8, in both dialects; `FsmlError` when nothing can be quantized or the result is not legal."
-    was = d.model.training
+    inside, outside = _scope(d, scope, "scope"), _scope(d, skip, "skip")
     try:
-        d.model.eval()
-        door, done = _calibrate(d, cal, _scope(d, scope, "scope"), _scope(d, skip, "skip"))
+        with _evaluating(d.model): door, done = _calibrate(d, cal, inside, outside)
     except (RuntimeError, ValueError, TypeError, AttributeError) as e: raise FsmlError(f"The model cannot be quantized: {_reason(e)}", type(d.model).__name__, "Narrow the scope to its convolutional part, or ship fp32.") from e
-    finally: d.model.train(was)
     m = _own_zero_points(parse_onnx(_to_onnx(d, door, 20, "int8-tensorrt", calibration=cal.to_json())))
     s8 = Exported(_bytes(_strip(m)))
     if bad := [f for f in lint(s8) if f.severity != "slow"]: raise FsmlError(f"The quantized model is not legal for TensorRT: {bad[0].rule}.", bad[0].node, bad[0].remedy)
     return Quantized(s8, to_onnxruntime(s8), cal, dict(done))
 
-# %% ../../nbs/86_export.quantize.ipynb #c019
+# %% ../../nbs/86_export.quantize.ipynb #c022
 @dataclass(frozen=True)
 class Finding:
     "A place where a QDQ graph is not as TensorRT wants it."
@@ -205,7 +201,7 @@ class Findings(list):
     def legal(self) -> bool: return all(f.severity == "slow" for f in self)
     def _repr_html_(self): return html_table([(f.severity, f.rule, f.node, f.remedy) for f in self], ("severity", "rule", "node", "remedy")) if self else "no findings: legal, and nothing prevents a fusion"
 
-# %% ../../nbs/86_export.quantize.ipynb #c020
+# %% ../../nbs/86_export.quantize.ipynb #c023
 _OPERATOR_FORM = {"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "QGemm", "QLinearAdd", "DynamicQuantizeMatMul", "MatMulNBits"}
 _WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 _RECURRENT = {"LSTM", "GRU", "RNN"}
@@ -228,7 +224,7 @@ class _Graph:
         return src is not None and src.op_type == "QuantizeLinear" and src.input[0] not in self.tensors
     def name(self, n) -> str: return n.name or (n.output[0] if n.output else n.op_type)
 
-# %% ../../nbs/86_export.quantize.ipynb #c021
+# %% ../../nbs/86_export.quantize.ipynb #c024
 def _lint_pair(g: _Graph, n):
     "Findings about one QuantizeLinear or DequantizeLinear: (rule, severity, remedy)."
     scale, zp = g.value(n.input[1]), n.input[2] if len(n.input) > 2 else ""
@@ -242,10 +238,11 @@ def _lint_pair(g: _Graph, n):
         what = onnx.TensorProto.DataType.Name(min(bad)).lower()
         yield f"{what} is not int8", "illegal", "Leave biases in float." if what == "int32" else "Quantize symmetrically to int8; uint8 activations are onnxruntime's dialect."
     elif zp and (g.value(zp) is None or np.any(g.value(zp).astype(np.float32) != 0)): yield "zero-point is not 0", "illegal", "Quantize symmetrically: zero-point 0."
+    if scale is not None and zp in g.tensors and g.value(zp).size != scale.size: yield "zero-point and scale of different length", "illegal", "Give as many zero-points as scales."
     if n.domain not in ("", "ai.onnx"): yield "quantization outside the standard operators", "unsafe", "Use QuantizeLinear and DequantizeLinear of the standard domain."
     if g.of_activation(n) and scale is not None and scale.size > 1: yield "activation with a scale per channel", "unsafe", "Give activations one scale a tensor; only weights have one a channel."
 
-# %% ../../nbs/86_export.quantize.ipynb #c022
+# %% ../../nbs/86_export.quantize.ipynb #c025
 def _lint_edges(g: _Graph, n):
     "Findings about what a Q or DQ is connected to."
     after = [c for o in n.output for c in g.consumers.get(o, [])]
@@ -266,7 +263,7 @@ def _lint_layer(g: _Graph, n):
     if n.op_type in _WEIGHTED and any(two) and not all(two): yield f"{n.op_type} with one quantized input", "slow", "Quantize both the activation and the weight, or neither."
     if n.op_type == "Add" and any(two) and not all(two) and not any(x in g.tensors for x in n.input): yield "residual addition with one quantized input", "slow", "Quantize both inputs of the addition."
 
-# %% ../../nbs/86_export.quantize.ipynb #c023
+# %% ../../nbs/86_export.quantize.ipynb #c026
 def lint(
     onnx_model: "Exported | bytes | str | Path | onnx.ModelProto",
 ) -> Findings:
@@ -282,7 +279,7 @@ def lint(
     out.sort(key=lambda f: ("illegal", "unsafe", "slow").index(f.severity))
     return out
 
-# %% ../../nbs/86_export.quantize.ipynb #c037
+# %% ../../nbs/86_export.quantize.ipynb #c039
 def fused(
     onnx_model: "Exported | bytes | str | Path",
 ) -> tuple[int, int]:
@@ -297,7 +294,7 @@ def fused(
     integer = sum(v for k, v in ops.items() if k in ("QLinearConv", "QLinearMatMul", "QGemm", "MatMulIntegerToFloat"))
     return integer, integer + sum(ops[k] for k in (*_WEIGHTED, "FusedConv", "FusedGemm", "FusedMatMul"))
 
-# %% ../../nbs/86_export.quantize.ipynb #c041
+# %% ../../nbs/86_export.quantize.ipynb #c043
 @dataclass(frozen=True, eq=False)
 class Form:
     "One exported form with its figures."
@@ -310,7 +307,7 @@ class Form:
 @dataclass(frozen=True, eq=False)
 class Choice:
     "All forms that were tried, and the one that ships."
-    forms: tuple[Form, ...]
+    forms: tuple[Form, ...] = field(repr=False)
     name: str                   # of the form that ships
     def __getitem__(self, name: str) -> Form: return next(f for f in self.forms if f.name == name)
     @property
@@ -322,9 +319,10 @@ class Choice:
         cells = lambda form: [next((str(f).removeprefix(f.name + "@" + f.slice if f.slice else f.name).strip() for f in form.figures if f.name == h), "") for h in heads]
         return html_table([(("→ " if f.name == self.name else "") + f.name, *cells(f), f.why) for f in self.forms], ("form", *heads, "verdict"), f"{self.name} ships")
 
-# %% ../../nbs/86_export.quantize.ipynb #c042
+# %% ../../nbs/86_export.quantize.ipynb #c044
 def choose(
-    forms: dict[str, Exported],  # by name; "fp32" is what the others are held against
+    d: Deployable,               # the trained model: what every form is held against
+    forms: dict[str, Exported],  # by name; "fp32" is the one that the others must beat
     images: np.ndarray,          # uint8 (N, H, W, C): the test images
     labels: np.ndarray,          # (N,) class ids
     *, max_drop: float = .005,   # accuracy that a form may lose
@@ -332,28 +330,28 @@ def choose(
     n: int = 300, rounds: int = 3, # timed calls of each form, in this many processes
 ) -> Choice:
     "The fastest form whose loss of accuracy is at most `max_drop`; every other one with the reason."
-    if "fp32" not in forms: raise FsmlError("There is no form called fp32.", "choose", "Give the unquantized model as 'fp32': the others are held against it.")
+    if "fp32" not in forms: raise FsmlError("There is no form called fp32.", "choose", "Give the unquantized model as 'fp32': the others must beat it.")
     ids = np.array(forms["fp32"].classes.ids)
+    trained = ids[run_torch(d, images)["logits"].argmax(1)]
     pred = {k: ids[run_onnx(e, images)["logits"].argmax(1)] for k, e in forms.items()}
     times = {k: [] for k in forms}
     for _ in range(rounds):
         for k, e in forms.items(): times[k].append(_times_ms(e, images[:batch], math.ceil(n/rounds), 30, 1))
-    tried = [Form(k, e, (*_judge(pred[k], pred["fp32"], np.asarray(labels), k), e.size, *_latency_figures(np.concatenate(times[k]), batch, 1))) for k, e in forms.items()]
+    tried = [Form(k, e, (*_judge(pred[k], trained, np.asarray(labels)), e.size, *_latency_figures(np.concatenate(times[k]), batch, 1))) for k, e in forms.items()]
     return _decide(tried, max_drop)
 
-def _judge(pred, reference, labels, form: str) -> list[Figure]:
-    figs = [metrics.accuracy(pred, labels, stage="export")]
-    if form == "fp32": return figs
-    drop = metrics.paired_difference(pred == labels, reference == labels, name="accuracy_drop", better="lower", stage="export")
-    return [*figs, drop, metrics.proportion(pred == reference, name="agreement", stage="export")]
+def _judge(pred, trained, labels) -> tuple[Figure, Figure, Figure]:
+    "Accuracy, what it loses against the trained model (paired), and how often both answer alike."
+    drop = metrics.paired_difference(pred == labels, trained == labels, name="drop", better="lower", stage="export")
+    return metrics.accuracy(pred, labels, stage="export"), drop, metrics.proportion(pred == trained, name="agreement", stage="export")
 
-# %% ../../nbs/86_export.quantize.ipynb #c043
+# %% ../../nbs/86_export.quantize.ipynb #c045
 def _decide(tried: Sequence[Form], max_drop: float) -> Choice:
     "The rule: honest, and proven faster than fp32."
     base = next(f for f in tried if f.name == "fp32")
     def why(f: Form) -> str:
         if f is base: return ""
-        drop, a, b = f["accuracy_drop"], f["latency_p50"], base["latency_p50"]
+        drop, a, b = f["drop"], f["latency_p50"], base["latency_p50"]
         if drop.value > max_drop: return f"refused: it loses {100*drop.value:.1f} points, {100*max_drop:g} are allowed"
         if a.hi >= b.lo: return f"refused: not faster than fp32 ({b.value/a.value:.2f}x)"  # type: ignore
         return f"honest, {b.value/a.value:.2f}x as fast as fp32"

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/99_export.tensorrt.ipynb #c002
 from __future__ import annotations
-import importlib, importlib.util, json, os, subprocess, sys, tempfile, time, typing
+import importlib, importlib.util, json, subprocess, sys, tempfile, time, typing
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache

@@ -4,7 +4,6 @@
 
 # %% ../../nbs/61_papers.resnet.ipynb #c002
 from __future__ import annotations
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
