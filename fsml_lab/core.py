@@ -498,7 +498,7 @@ class Batch:
     image: Any                        # torch.uint8 (B, C, H, W), channels_last
     sample_ids: tuple[str, ...]       # B
     original_size: Any                # (B, 2) int, height and width px before resizing
-    labels: Any = None                # torch.int64 (B,), class index; -1 for none
+    labels: Any = None                # torch.int64 (B,), position in the class table, -1 for none; for boxes B tensors (n,)
     boxes: tuple = ()                 # B tensors (n, 4) float32, xyxy px of the resized image
     text: tuple[str, ...] = ()        # B
     schema: int = 1
@@ -506,6 +506,7 @@ class Batch:
         b = len(self.sample_ids)
         ok = self.image.ndim == 4 and len(self.image) == b and len(self.original_size) == b and all(x is None or len(x) in (0, b) for x in (self.labels, self.boxes, self.text))
         if not ok: raise FsmlError(f"A batch of {b} samples has parts of another length.", "Batch", "Give image (B, C, H, W) and B sizes, labels, boxes and texts.")
+        if self.boxes and self.labels is not None and [len(x) for x in self.labels] != [len(x) for x in self.boxes]: raise FsmlError("A batch has boxes without a class, or classes without a box.", "Batch.labels", "Give one class position for each box of each sample.")
         if str(self.image.dtype) not in ("torch.uint8", "uint8"): raise FsmlError(f"A batch holds uint8 images, not {self.image.dtype}.", "Batch.image", "Convert to float on the device, not in the loader.")
     def __len__(self): return len(self.sample_ids)
 

@@ -1,7 +1,6 @@
 """The lab under strain: settings from everywhere, many processes at once, kills, full disks, random lineages."""
-import dataclasses, json, os, pickle, resource, signal, string, subprocess, sys, time
+import json, pickle, resource, signal, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import jsonschema
 import pytest

@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np, pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from PIL import Image, ImageCms, ImageFile, ImageOps, features
-from fsml_lab.core import FsmlError, expect_error, sha256
-from fsml_lab.data.images import FORMATS, Admitted, admit, decode, encode_png, hamming, phash, sniff, stroke, thumbnail
+from fsml_lab.core import FsmlError, sha256
+from fsml_lab.data.images import FORMATS, Admitted, admit, decode, encode_png, hamming, phash, stroke, thumbnail
 
 SAMPLES = Path(__file__).parent.parent/"data_samples"
 

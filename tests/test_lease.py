@@ -1,5 +1,5 @@
 """Leases under fire: held against a plain model, with processes that die, clocks that jump and databases that are shared."""
-import itertools, os, random, subprocess, sys, tempfile, threading, time
+import itertools, os, random, subprocess, sys, threading, time
 from collections import Counter
 from pathlib import Path
 

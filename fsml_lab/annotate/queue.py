@@ -4,7 +4,7 @@
 
 # %% ../../nbs/40_annotate.queue.ipynb #c002
 from __future__ import annotations
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from typing import Iterable, Mapping
 import pandas as pd, sqlalchemy as sa

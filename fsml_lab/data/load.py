@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib, math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Iterable, Iterator, Mapping
-import numpy as np, torch
+import numpy as np, pandas as pd, torch
 from torchvision.transforms.v2 import InterpolationMode, functional as tvf
 from ..core import Batch, FsmlError, Preprocess
 from .version import Frozen
@@ -63,8 +63,10 @@ def _targets(data: Frozen, ids: list[str], labels: Mapping[str, int] | None) -> 
         return dict(labels=np.array([index[by[s]] if s in by else -1 for s in ids], np.int64))
     a = data.annotations
     if data.task == "detect":
-        by = {s: np.stack(g["xyxy"].to_list()).astype("f4") for s, g in a[a["kind"] == "box"].groupby("sample_id")}
-        return dict(boxes=[by.get(s, np.zeros((0, 4), "f4")) for s in ids])
+        index = {c: i for i, c in enumerate(data.classes.ids)}
+        by = {s: (np.stack(g["xyxy"].to_list()).astype("f4"), np.array([-1 if pd.isna(c) else index[c] for c in g["class_id"]], np.int64)) for s, g in a[a["kind"] == "box"].groupby("sample_id")}
+        none = np.zeros((0, 4), "f4"), np.zeros(0, np.int64)
+        return dict(boxes=[by.get(s, none)[0] for s in ids], labels=[by.get(s, none)[1] for s in ids])
     t = a[(a["kind"] == "text")]
     if (twice := t["sample_id"][t["sample_id"].duplicated()]).size: raise FsmlError(f"The sample {twice.iloc[0]!r} has more than one text.", str(data.version), "Retract all but one; for several texts in an image, use boxes.")
     by = dict(zip(t["sample_id"], t["text"]))
@@ -130,7 +132,7 @@ def _batch(self: Loader, idx: np.ndarray, run) -> Batch:
     "The batch of the samples at `idx`; `run` maps the decoding over them."
     image = torch.from_numpy(self._pixels.batch(idx, run)).permute(0, 3, 1, 2)   # (B, C, H, W), channels last in memory
     size, kw = self._size[idx], {}
-    if "labels" in self._targets: kw["labels"] = torch.from_numpy(self._targets["labels"][idx])
+    if "labels" in self._targets: kw["labels"] = tuple(torch.from_numpy(self._targets["labels"][i]) for i in idx) if "boxes" in self._targets else torch.from_numpy(self._targets["labels"][idx])
     if "boxes" in self._targets:
         scale = np.array(self.pre.size, "f4") / size  # (B, 2), y and x
         kw["boxes"] = tuple(torch.from_numpy(self._targets["boxes"][i] * s[[1, 0, 1, 0]].astype("f4")) for i, s in zip(idx, scale))
