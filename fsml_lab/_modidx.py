@@ -164,6 +164,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'fsml_lab.core.Preprocess._check': ('core.html#preprocess._check', 'fsml_lab/core.py'),
                                'fsml_lab.core.Report': ('core.html#report', 'fsml_lab/core.py'),
                                'fsml_lab.core.Report.__getitem__': ('core.html#report.__getitem__', 'fsml_lab/core.py'),
+                               'fsml_lab.core.Report.__repr__': ('core.html#report.__repr__', 'fsml_lab/core.py'),
                                'fsml_lab.core.Report._repr_html_': ('core.html#report._repr_html_', 'fsml_lab/core.py'),
                                'fsml_lab.core.Report.from_dict': ('core.html#report.from_dict', 'fsml_lab/core.py'),
                                'fsml_lab.core.Run': ('core.html#run', 'fsml_lab/core.py'),

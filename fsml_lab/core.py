@@ -568,7 +568,7 @@ class Figure(Shared):
     def _repr_html_(self): return str(self)
 
 # %% ../nbs/00_core.ipynb #c053
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report(Shared):
     "Figures of one model on one data version."
     figures: tuple[Figure, ...]
@@ -586,6 +586,7 @@ class Report(Shared):
         raise FsmlError(f"The report has no figure {name!r}.", f"report of run {self.run_id}", f"It has: {', '.join(f.name for f in self.figures)}.")
     @classmethod
     def from_dict(cls, d: dict): return super().from_dict({**d, "figures": tuple(f if isinstance(f, Figure) else Figure.from_dict(f) for f in d["figures"])})
+    def __repr__(self): return f"Report({len(self.figures)} figures of run {self.run_id!r}: {'; '.join(map(str, self.figures[:2]))} …)"
     def _repr_html_(self): return html_table([(f.name, f.slice, str(f).split(" ", 1)[1], f.method, f.stage) for f in self.figures], ("figure", "slice", "value", "method", "stage"), f"Report, test set looked at {self.looks} time{'s' * (self.looks != 1)}")
 
 # %% ../nbs/00_core.ipynb #c054
@@ -822,7 +823,7 @@ def link(
             if conn.execute(sa.select(t.c.role).where(*(t.c[k] == v for k, v in r.items()))).first() is None: conn.execute(t.insert().values(r))
 
 # %% ../nbs/00_core.ipynb #c076
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trace:
     "What something came from (or, with `down`, what came from it), as a tree."
     kind: str
@@ -842,6 +843,7 @@ class Trace:
                 walk(nk, ni, pre + ("   " if last else "│  "))
         walk(self.kind, self.id, "")
         return "\n".join(lines)
+    __repr__ = __str__
     def _repr_html_(self):
         from html import escape
         return f"<pre>{escape(str(self))}</pre>"

@@ -242,7 +242,7 @@ def test_page_stands_alone(world, tmp_path):
     lab, _, v1 = world
     page = C.cases(predict(v1, wrong=.6), v1, "test").to_html(tmp_path/"out"/"cases.html").read_text()
     assert "http" not in page and "<script" not in page and "<img src=x" not in page and "&lt;img src=x" in page
-    assert page.count("data:image/png;base64,") == page.count("<figure") > 20
+    assert page.count("data:image/webp;base64,") == page.count("<figure") > 20
     assert "looked at in 0 reports, 0 comparisons and 1 gallery." in page
 
 

@@ -112,7 +112,7 @@ class ImportReport:
     known: int                                        # bytes that the data set had already
     refused: tuple[tuple[str, str, str], ...] = ()    # (where, what, remedy)
     notes: tuple[tuple[str, str, str], ...] = ()      # in, but odd: (where, what, remedy)
-    ids: tuple[str, ...] = ()                         # sample id of each item in order; "" where refused
+    ids: tuple[str, ...] = field(default=(), repr=False) # sample id of each item in order; "" where refused
     @property
     def ok(self) -> bool: return not self.refused
     def __str__(self): return f"{self.added} added, {self.known} known, {len(self.refused)} refused" + (f", {len(self.notes)} to look at" if self.notes else "")

@@ -327,7 +327,7 @@ def _who(ds: Dataset, a: sa.Row, b: sa.Row, changes: list[_Change]) -> list[_Cha
 def _img(f: Frozen, sample_id: str, px: int = 40) -> str:
     "The sample as an inline picture, enlarged without smoothing where it is smaller."
     src = base64.b64encode(thumbnail(f.pixels(sample_id), px)).decode()
-    return f"<img src='data:image/png;base64,{src}' height='{px}' style='image-rendering:pixelated' alt='{escape(sample_id)}'>"
+    return f"<img src='data:image/png;base64,{src}' style='height:{px}px;image-rendering:pixelated' alt='{escape(sample_id)}'>"
 
 @dataclass(frozen=True)
 class Diff:

@@ -210,8 +210,8 @@ def tiles(
     out = []
     for sid, caption, colour in items:
         a = frozen.pixels(sid)
-        png = thumbnail(a if render is None else render(a), px)
+        webp = thumbnail(a if render is None else render(a), px, "WEBP")
         out.append(f"<figure title='{escape(sid, quote=True)}' style='margin:0 6px 8px 0;display:inline-block;text-align:center;vertical-align:top;max-width:{px + 24}px'>"
                    f"<img alt='{escape(sid, quote=True)}' style='height:{px}px;max-width:{px + 16}px;object-fit:contain;image-rendering:{'pixelated' if max(a.shape[:2]) < px / 2 and render is None else 'auto'};border:2px solid {escape(colour, quote=True)}' "
-                   f"src='data:image/png;base64,{base64.b64encode(png).decode()}'><figcaption style='font-size:11px;line-height:1.25;overflow-wrap:anywhere'>{escape(caption)}</figcaption></figure>")
+                   f"src='data:image/webp;base64,{base64.b64encode(webp).decode()}'><figcaption style='font-size:11px;line-height:1.25;overflow-wrap:anywhere'>{escape(caption)}</figcaption></figure>")
     return "<div style='display:flex;flex-wrap:wrap'>" + "".join(out) + "</div>"
