@@ -222,7 +222,7 @@ def html_table(
 ) -> str:
     "An HTML table of text, escaped, that reads in light and dark themes."
     from html import escape
-    td = lambda x, t: f"<{t} style='text-align:left;padding:2px 10px 2px 0;vertical-align:top'>{x._repr_html_() if hasattr(x, '_repr_html_') else escape(str(x))}</{t}>"
+    td = lambda x, t: f"<{t} style='text-align:left;vertical-align:top'>{x._repr_html_() if hasattr(x, '_repr_html_') else escape(str(x))}</{t}>"
     body = "".join("<tr>" + "".join(td(c, "td") for c in r) + "</tr>" for r in rows)
     top = "<tr>" + "".join(td(h, "th") for h in head) + "</tr>" if head else ""
     cap = f"<caption style='text-align:left;font-weight:bold;white-space:nowrap'>{escape(title)}</caption>" if title else ""
@@ -511,7 +511,7 @@ class Batch:
     def __len__(self): return len(self.sample_ids)
 
 # %% ../nbs/00_core.ipynb #c051
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run(Shared):
     "One computation and all that is needed to repeat it."
     run_id: str
@@ -533,6 +533,7 @@ class Run(Shared):
     schema: int = 1
     @property
     def config_sha(self) -> str: return sha256(canonical_json(self.config).encode())
+    def __repr__(self): return f"Run({self.run_id!r}, {self.kind!r}, {self.state}, seed {self.seed}, config {self.config_sha[:8]})"
 
 # %% ../nbs/00_core.ipynb #c052
 @dataclass(frozen=True)
@@ -844,9 +845,6 @@ class Trace:
         walk(self.kind, self.id, "")
         return "\n".join(lines)
     __repr__ = __str__
-    def _repr_html_(self):
-        from html import escape
-        return f"<pre>{escape(str(self))}</pre>"
 
 # %% ../nbs/00_core.ipynb #c077
 def trace(

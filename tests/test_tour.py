@@ -72,7 +72,7 @@ def test_no_annotator_saw_a_test_image(home):
 
 def test_the_report_needs_nothing_from_outside(home):
     html = (home/"tour"/"report.html").read_text()
-    assert html.count("<img") > 20 and "data:image/png;base64" in html
+    assert html.count("<img") > 20 and "data:image/webp;base64" in html
     import re
     fetched = re.findall(r"""(?:src|href)=["'](?!data:|#)([^"']+)|url\(["']?(https?:[^)"']+)""", html)
     assert not [a or b for a, b in fetched if (a or b).startswith(("http", "//"))], fetched

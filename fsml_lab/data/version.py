@@ -339,7 +339,7 @@ class Diff:
     def __str__(self):
         n = collections.Counter("added" if r.old is None else "removed" if r.new is None else "changed" for r in self.rows.itertuples())
         return f"{self.a.version} to {self.b.version}: " + (", ".join(f"{k} {v}" for v, k in n.items()) or "no change")
-    def _repr_html_(self, most: int = 20):
+    def _repr_html_(self, most: int = 10):
         cell = lambda v: "<i>none</i>" if v is None else escape(str([f"{x:g}" for x in v] if isinstance(v, list) and isinstance(v[0], float) else v))
         def line(r):
             f = self.b if r.sample_id in self.b._where else self.a

@@ -175,7 +175,7 @@ class Picture:
 
 def show_confusion(
     predictions: Predictions, frozen: Frozen, split: str,
-    *, dpi: int = 70,
+    *, dpi: int = 60,
 ) -> Picture:
     "True class (row) against predicted class (column); shades per row, errors in red, unanswered ones in a last column."
     from matplotlib.figure import Figure as Canvas
@@ -211,7 +211,8 @@ def tiles(
     for sid, caption, colour in items:
         a = frozen.pixels(sid)
         webp = thumbnail(a if render is None else render(a), px, "WEBP")
-        out.append(f"<figure title='{escape(sid, quote=True)}' style='margin:0 6px 8px 0;display:inline-block;text-align:center;vertical-align:top;max-width:{px + 24}px'>"
-                   f"<img alt='{escape(sid, quote=True)}' style='height:{px}px;max-width:{px + 16}px;object-fit:contain;image-rendering:{'pixelated' if max(a.shape[:2]) < px / 2 and render is None else 'auto'};border:2px solid {escape(colour, quote=True)}' "
-                   f"src='data:image/webp;base64,{base64.b64encode(webp).decode()}'><figcaption style='font-size:11px;line-height:1.25;overflow-wrap:anywhere'>{escape(caption)}</figcaption></figure>")
-    return "<div style='display:flex;flex-wrap:wrap'>" + "".join(out) + "</div>"
+        pixelated = ";image-rendering:pixelated" if max(a.shape[:2]) < px/2 and render is None else ""
+        sid = escape(sid, quote=True)
+        out.append(f"<figure title='{sid}' style='margin:0 6px 8px 0;max-width:{px + 24}px'><img alt='{sid}' style='height:{px}px;max-width:{px + 16}px;object-fit:contain;border:2px solid {escape(colour, quote=True)}{pixelated}' "
+                   f"src='data:image/webp;base64,{base64.b64encode(webp).decode()}'><figcaption>{escape(caption)}</figcaption></figure>")
+    return f"<div style='display:flex;flex-wrap:wrap;text-align:center;font-size:11px;line-height:1.25;overflow-wrap:anywhere'>{''.join(out)}</div>"
