@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 import tyro
 from fsml_lab import __version__
-from fsml_lab.core import FsmlError, Lab, trace
+from fsml_lab.core import FsmlError, Lab, find_id, trace
 
 Home = Annotated[Path | None, tyro.conf.arg(help="The lab's folder. By default as settings.ini or FSML_HOME say, else ./lab.")]
 
@@ -26,8 +26,9 @@ def lab(notebook: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="Noteb
     from fsml_lab._notebooks import jupyter_options
     from fsml_lab._tour import find_notebooks
     nbs = find_notebooks()
-    args = ["jupyter-lab", f"--notebook-dir={nbs.parent}", f"--port={port}", f"--LabApp.default_url=/lab/tree/nbs/{notebook}", *jupyter_options(), *([] if browser else ["--no-browser"])]
-    os.execvp(sys.executable, [sys.executable, "-m", "jupyterlab", *args[1:]])
+    if not (nbs/notebook).is_file(): raise FsmlError(f"There is no notebook {notebook!r}.", str(nbs), "Name one of its files, for example 00_core.ipynb.")
+    root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []  # in a container one often is; the server listens on loopback and asks for a token
+    os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", f"--notebook-dir={nbs.parent}", f"--port={port}", f"--LabApp.default_url=/lab/tree/nbs/{notebook}", *jupyter_options(), *root, *([] if browser else ["--no-browser"])])
 
 
 def doctor() -> None:
@@ -36,10 +37,11 @@ def doctor() -> None:
     print(look())
 
 
-def trace_(kind: Annotated[Literal["version", "run", "model", "predictions", "report", "onnx", "engine"], tyro.conf.Positional], id: Annotated[str, tyro.conf.Positional], home: Home = None,
+def trace_(kind: Annotated[Literal["version", "run", "model", "predictions", "report", "onnx", "engine"], tyro.conf.Positional], id: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="Its id, or the first characters of it.")], home: Home = None,
            down: Annotated[bool, tyro.conf.arg(help="Show what was made from it instead.")] = False) -> None:
     """Show what an object of the lab came from, or what was made from it."""
-    print(trace(Lab(home), kind, id, down))
+    lab = Lab(home)
+    print(trace(lab, kind, find_id(lab, kind, id), down))
 
 
 def main() -> None:

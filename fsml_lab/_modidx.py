@@ -221,6 +221,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'fsml_lab.core.check_inside': ('core.html#check_inside', 'fsml_lab/core.py'),
                                'fsml_lab.core.ensure': ('core.html#ensure', 'fsml_lab/core.py'),
                                'fsml_lab.core.expect_error': ('core.html#expect_error', 'fsml_lab/core.py'),
+                               'fsml_lab.core.find_id': ('core.html#find_id', 'fsml_lab/core.py'),
                                'fsml_lab.core.find_settings': ('core.html#find_settings', 'fsml_lab/core.py'),
                                'fsml_lab.core.from_table': ('core.html#from_table', 'fsml_lab/core.py'),
                                'fsml_lab.core.html_table': ('core.html#html_table', 'fsml_lab/core.py'),

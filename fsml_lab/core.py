@@ -18,7 +18,7 @@ __all__ = ['Split', 'AnnKind', 'XYXY', 'PREDICTION_KINDS', 'SHARED_TYPES', 'SCHE
            'html_table', 'nfc', 'ClassTable', 'Sample', 'Annotation', 'check_inside', 'arrow_schema', 'to_table',
            'from_table', 'prediction_schema', 'Predictions', 'predictions_bytes', 'predictions_from_bytes', 'Version',
            'Preprocess', 'Batch', 'Run', 'Figure', 'Report', 'Verdict', 'Lease', 'Edge', 'Store', 'Lab', 'ensure',
-           'link', 'Trace', 'trace', 'seed_all', 'progress']
+           'link', 'Trace', 'trace', 'find_id', 'seed_all', 'progress']
 
 # %% ../nbs/00_core.ipynb #c004
 class FsmlError(Exception):
@@ -863,7 +863,22 @@ def trace(
     with lab.read() as conn: rows = conn.execute(sa.select(walk).order_by(*walk.c)).all()
     return Trace(kind, id, tuple(Edge(*r) for r in rows), down)
 
-# %% ../nbs/00_core.ipynb #c080
+# %% ../nbs/00_core.ipynb #c079
+def find_id(
+    lab: Lab,
+    kind: str,
+    start: str, # the first characters of an id
+) -> str:
+    "The whole id of the object in the lineage that begins so; `FsmlError` when there is none, or more than one."
+    import sqlalchemy as sa
+    t = _edges()
+    ensure(lab, t.metadata)
+    sides = [sa.select(t.c[f"{s}_id"]).where(t.c[f"{s}_kind"] == kind, t.c[f"{s}_id"].startswith(start, autoescape=True)) for s in ("child", "parent")]
+    with lab.read() as conn: found = conn.scalars(sides[0].union(sides[1])).all()
+    if len(found) == 1 or start in found: return start if start in found else found[0]
+    raise FsmlError(f"{'Several ids' if found else 'No id'} of kind {kind!r} begin{'' if found else 's'} with {start!r}.", f"lineage of {lab.home}", f"Candidates: {', '.join(sorted(found)[:5])}." if found else "Ids stand in the tables that runs, versions and exports draw.")
+
+# %% ../nbs/00_core.ipynb #c082
 def seed_all(
     seed: int, # 0 to 2**32 - 1
 ):

@@ -85,8 +85,9 @@ def test_lineage_leads_from_the_file_to_the_data(home):
     root = lab.open("digits@v2").version.root
     onnx = [e.child_id for e in trace(lab, "version", root, down=True).edges if e.child_kind == "onnx"]
     assert onnx and ("version", root) in trace(lab, "onnx", onnx[0]).nodes
-    p = fsml("trace", "onnx", onnx[0], "--home", home)
+    p = fsml("trace", "onnx", onnx[0][:10], "--home", home)
     assert root[:8] in p.communicate(timeout=60)[0] and p.returncode == 0
+    assert "No id of kind 'run'" in refused("trace", "run", "nosuch", "--home", home)
     assert s["steps"]
 
 

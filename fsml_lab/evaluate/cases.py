@@ -27,12 +27,13 @@ class Gallery:
     why: str             # said to the annotator when sent back
     run_id: str = ""
     render: Callable[[np.ndarray], np.ndarray] | None = None # uint8 pixels -> uint8 pixels to show
+    total: int | None = None # how many there are when the table holds the first of them only
     def __len__(self): return len(self.table)
     def __iter__(self) -> Iterator[str]: return iter(self.ids)
     def __repr__(self): return f"{type(self).__name__}({self.title}: {len(self)} of {self.frozen.version} {self.split})"
     @property
     def ids(self) -> list[str]: return self.table["sample_id"].tolist()
-    def head(self, n: int): return replace(self, table=self.table.head(n))
+    def head(self, n: int): return replace(self, table=self.table.head(n), total=self.total or len(self))
     def _name(self, c: int) -> str: return "no answer" if c < 0 else self.frozen.classes.name(int(c))
     def gallery(self,
         n: int | None = 24, # cases shown, None: all
@@ -43,8 +44,9 @@ class Gallery:
         items = [(r.sample_id, f"{self._name(r.true)} → {self._name(r.pred)}" + ("" if r.pred < 0 or pd.isna(r.score) else f" ({r.score:.2f})"), "#2a7" if r.correct else "#c33") for r in rows.itertuples()]
         return tiles(self.frozen, items, render=self.render, px=px)
     def _head(self, n: int | None) -> str:
-        shown = f", the first {n} shown" if n is not None and len(self) > n else ""
-        return f"<p><b>{escape(self.title)}</b>: {len(self)} of {escape(str(self.frozen.version))} {escape(self.split)}{shown}. Given label → prediction (score).</p>"
+        there, here = self.total or len(self), len(self) if n is None else min(n, len(self))
+        shown = f", the first {here} shown" if there > here else ""
+        return f"<p><b>{escape(self.title)}</b>: {there} of {escape(str(self.frozen.version))} {escape(self.split)}{shown}. Given label → prediction (score).</p>"
     def _repr_html_(self): return self._head(24) + self.gallery(24)
 
 # %% ../../nbs/72_evaluate.cases.ipynb #c009
