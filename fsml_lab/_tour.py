@@ -26,14 +26,15 @@ def run_tour(home: Path, samples: Path | None = None, notebook: Path | None = No
     if not (samples/"digits"/"labels.csv").is_file(): raise FsmlError("There are no sample images here.", str(samples), "Give the repository's data_samples folder by --samples.")
     lab = Lab(home)  # refuses a home that cannot be used before any work is done
     os.environ |= {"FSML_HOME": str(lab.home), "TOUR_SAMPLES": str(samples), "OMP_NUM_THREADS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
-    nb, took = _execute(notebook)
+    (lab.home/"tour").mkdir(exist_ok=True)
+    with open(lab.home/"tour"/"kernel.log", "wb") as log: nb, took = _execute(notebook, log)
     _report(nb, lab.home/"tour")
     summary = json.loads((lab.home/"tour"/"summary.json").read_text())
     _closing(summary, took)
     return summary
 
 
-def _execute(notebook: Path):
+def _execute(notebook: Path, log):
     "The executed notebook and its wall seconds; a line on standard output for each step."
     import nbformat
     from nbclient import NotebookClient
@@ -43,7 +44,7 @@ def _execute(notebook: Path):
     steps = [_heading(c) for c in nb.cells if _heading(c)]
     client = NotebookClient(nb, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(notebook.parent)}})
     start, at, begun = time.perf_counter(), 0, None
-    with _kernel(client):
+    with _kernel(client, log):
         for i, cell in enumerate(nb.cells):
             if name := _heading(cell):
                 begun = _line(begun)
@@ -64,9 +65,9 @@ def _line(begun: float | None):
 
 
 @contextlib.contextmanager
-def _kernel(client):
-    "A kernel for the notebook; an interrupt is passed on to it, so that it can leave the lab in order."
-    with client.setup_kernel():
+def _kernel(client, log):
+    "A kernel for the notebook, its own messages in `log`; an interrupt is passed on to it, so that it can leave the lab in order."
+    with client.setup_kernel(stdout=log, stderr=log):
         try: yield
         except KeyboardInterrupt:
             from jupyter_core.utils import run_sync
