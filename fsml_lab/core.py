@@ -666,7 +666,7 @@ def _fs_type(path: Path, mounts: str | None = None) -> str:
         if (str(path) + "/").startswith(at.rstrip("/") + "/") and len(at) >= len(best[0]): best = (at, kind)
     return best[1]
 
-# %% ../nbs/00_core.ipynb #c064
+# %% ../nbs/00_core.ipynb #c065
 def _sqlite_engine(path: Path, durability: str) -> "sa.Engine":
     import sqlalchemy as sa
     if (fs := _fs_type(path.parent.resolve())) in _NETWORK_FS:
@@ -681,7 +681,7 @@ def _sqlite_engine(path: Path, durability: str) -> "sa.Engine":
     def _(conn): _begin_immediate(conn) if conn.get_execution_options().get("fsml_write") else conn.exec_driver_sql("BEGIN")
     return engine
 
-# %% ../nbs/00_core.ipynb #c065
+# %% ../nbs/00_core.ipynb #c066
 def _begin_immediate(conn, patience_s: float = 60.):
     "Take SQLite's write lock, asking again every few milliseconds; `FsmlError` after `patience_s`."
     import sqlite3
@@ -696,7 +696,7 @@ def _begin_immediate(conn, patience_s: float = 60.):
                 time.sleep(random.uniform(.001, .006))
     finally: raw.execute("PRAGMA busy_timeout=10000")
 
-# %% ../nbs/00_core.ipynb #c067
+# %% ../nbs/00_core.ipynb #c068
 class Store:
     "Bytes by their sha256, in a folder or behind an fsspec URL."
     def __init__(self,
@@ -724,7 +724,7 @@ class Store:
         if sha256(data) != sha: raise FsmlError(f"The object {sha[:12]}… is damaged: its bytes have another sha256.", self._at(sha), "Delete the file and restore it from a backup or import it again.")
         return data
 
-# %% ../nbs/00_core.ipynb #c068
+# %% ../nbs/00_core.ipynb #c071
 class Lab:
     "A folder, a database and a store: everything the loop keeps. No server to start."
     def __init__(self,
@@ -762,10 +762,10 @@ class Lab:
     def __repr__(self): return f"Lab({str(self.home)!r})"
     def _repr_html_(self): return html_table([("home", self.home), ("database", self.settings.database or "SQLite, lab.db"), ("blobs", self.settings.blobs or "blobs"), ("settings", self.settings.file or "defaults")], title="Lab")
 
-# %% ../nbs/00_core.ipynb #c069
+# %% ../nbs/00_core.ipynb #c072
 def _lab(home: Path, overrides: dict) -> Lab: return Lab(home, **overrides)
 
-# %% ../nbs/00_core.ipynb #c071
+# %% ../nbs/00_core.ipynb #c075
 def _server_engine(url: str) -> "sa.Engine":
     import sqlalchemy as sa
     try:
@@ -780,7 +780,7 @@ def _server_engine(url: str) -> "sa.Engine":
     except sa.exc.OperationalError as e:
         raise FsmlError(f"The database server does not answer: {str(e.orig).strip().splitlines()[0]}", sa.make_url(url).render_as_string(), "Check that it runs, and the host, port, user and password in settings.ini.") from e
 
-# %% ../nbs/00_core.ipynb #c073
+# %% ../nbs/00_core.ipynb #c077
 _ADVISORY = 7_237_161  # PostgreSQL advisory lock of this library: an arbitrary constant
 
 def ensure(
@@ -800,7 +800,7 @@ def ensure(
         metadata.create_all(conn)
     lab._ensured.add(id(metadata))
 
-# %% ../nbs/00_core.ipynb #c075
+# %% ../nbs/00_core.ipynb #c079
 @lru_cache
 def _edges():
     import sqlalchemy as sa
@@ -823,7 +823,7 @@ def link(
         for r in rows:
             if conn.execute(sa.select(t.c.role).where(*(t.c[k] == v for k, v in r.items()))).first() is None: conn.execute(t.insert().values(r))
 
-# %% ../nbs/00_core.ipynb #c076
+# %% ../nbs/00_core.ipynb #c080
 @dataclass(frozen=True, repr=False)
 class Trace:
     "What something came from (or, with `down`, what came from it), as a tree."
@@ -846,7 +846,7 @@ class Trace:
         return "\n".join(lines)
     __repr__ = __str__
 
-# %% ../nbs/00_core.ipynb #c077
+# %% ../nbs/00_core.ipynb #c081
 def trace(
     lab: Lab,
     kind: str,          # version, run, report, model …
@@ -863,7 +863,7 @@ def trace(
     with lab.read() as conn: rows = conn.execute(sa.select(walk).order_by(*walk.c)).all()
     return Trace(kind, id, tuple(Edge(*r) for r in rows), down)
 
-# %% ../nbs/00_core.ipynb #c079
+# %% ../nbs/00_core.ipynb #c083
 def find_id(
     lab: Lab,
     kind: str,
@@ -878,7 +878,7 @@ def find_id(
     if len(found) == 1 or start in found: return start if start in found else found[0]
     raise FsmlError(f"{'Several ids' if found else 'No id'} of kind {kind!r} begin{'' if found else 's'} with {start!r}.", f"lineage of {lab.home}", f"Candidates: {', '.join(sorted(found)[:5])}." if found else "Ids stand in the tables that runs, versions and exports draw.")
 
-# %% ../nbs/00_core.ipynb #c082
+# %% ../nbs/00_core.ipynb #c086
 def seed_all(
     seed: int, # 0 to 2**32 - 1
 ):

@@ -81,7 +81,7 @@ class TrainConfig:
         bad = next((k for k in ("epochs", "batch_size", "lr", "zoom", "clip") if getattr(self, k) <= 0), None)
         if bad: raise FsmlError(f"TrainConfig.{bad} is {getattr(self, bad)}, and must be positive.", "TrainConfig", "Correct the configuration.")
 
-# %% ../nbs/50_train.ipynb #c012
+# %% ../nbs/50_train.ipynb #c013
 @dataclass(frozen=True)
 class Fitted:
     "A trained model with the run that made it."
@@ -96,7 +96,7 @@ class Fitted:
                 ("seconds", f"{self.run.wall_s:.1f} ({self.run.cpu_s:.1f} of CPU)"), ("threads", self.run.threads), ("weights", self.model_sha[:12])]
         return html_table(rows, title="Run")
 
-# %% ../nbs/50_train.ipynb #c014
+# %% ../nbs/50_train.ipynb #c015
 def _epoch(model, loader: Loader, opt, schedule, config: TrainConfig, seed: int, epoch: int, device: str) -> float:
     "Train for one epoch; the mean loss."
     model.train()
@@ -116,7 +116,7 @@ def _epoch(model, loader: Loader, opt, schedule, config: TrainConfig, seed: int,
         total, n = total + loss.item()*int(keep.sum()), n + int(keep.sum())
     return total/max(n, 1)
 
-# %% ../nbs/50_train.ipynb #c015
+# %% ../nbs/50_train.ipynb #c016
 @torch.no_grad()
 def _probabilities(model: nn.Module, loader: Loader, device: str) -> tuple[np.ndarray, list[str], np.ndarray]:
     "Class probabilities (N, K), sample ids and labels of everything in `loader`."
@@ -124,7 +124,7 @@ def _probabilities(model: nn.Module, loader: Loader, device: str) -> tuple[np.nd
     out = [(model(normalise(b.image.to(device), loader.pre)).softmax(1).cpu().numpy(), b.sample_ids, np.asarray(b.labels)) for b in loader]
     return np.concatenate([p for p, _, _ in out]), [i for _, ids, _ in out for i in ids], np.concatenate([y for _, _, y in out])
 
-# %% ../nbs/50_train.ipynb #c017
+# %% ../nbs/50_train.ipynb #c018
 def _device(setting: str) -> str:
     "The device that a setting means; auto takes a GPU when there is one."
     if setting != "auto": return setting
@@ -139,7 +139,7 @@ def _finished(lab: Lab, key: str, make_model, device: str) -> Fitted | None:
     model.load_state_dict(load_safetensors(lab.store().get(row.model_sha)))
     return Fitted(run, model.to(device).eval(), row.model_sha, metrics(lab, run.run_id), True)
 
-# %% ../nbs/50_train.ipynb #c018
+# %% ../nbs/50_train.ipynb #c019
 def fit(
     lab: Lab,
     make_model: Callable[[], nn.Module],  # builds the untrained model: images (B, C, H, W) -> logits (B, K)
@@ -166,7 +166,7 @@ def fit(
 
 def _ids_record(split: str | list[str]): return split if isinstance(split, str) else sha256(canonical_json(sorted(split)).encode())
 
-# %% ../nbs/50_train.ipynb #c019
+# %% ../nbs/50_train.ipynb #c020
 def _train(lab, model, data, pre, config, run, key, train, valid) -> Fitted:
     "The loop itself. The record says `running`, then `finished`, `stopped` (Ctrl-C) or `failed`."
     loader = Loader(data, train, pre, config.batch_size, shuffle=True, seed=run.seed, drop_last=True)
@@ -196,7 +196,7 @@ def _train(lab, model, data, pre, config, run, key, train, valid) -> Fitted:
 def _log(lab, run_id: str, step: int, **values: float):
     with lab.write() as conn: conn.execute(_metric.insert(), [dict(run_id=run_id, name=k, step=step, value=v) for k, v in values.items()])
 
-# %% ../nbs/50_train.ipynb #c026
+# %% ../nbs/50_train.ipynb #c027
 def to_predictions(
     probs: np.ndarray,      # (N, K) class probabilities
     sample_ids: list[str],  # N
@@ -223,7 +223,7 @@ def predict(
     probs, ids, _ = _probabilities(fitted.model, Loader(data, split, pre, 256), str(device))
     return to_predictions(probs, ids, data, pre, run_id=fitted.run.run_id, model_sha=fitted.model_sha)
 
-# %% ../nbs/50_train.ipynb #c028
+# %% ../nbs/50_train.ipynb #c029
 def out_of_fold(
     lab: Lab,
     make_model: Callable[[], nn.Module],

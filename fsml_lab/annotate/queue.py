@@ -112,8 +112,8 @@ class _Lent(_Tasks):
         if rows: conn.execute(_event.insert(), rows)
 
 # %% ../../nbs/40_annotate.queue.ipynb #c014
-class LabelQueue(_Lent):
-    "Images of a dataset that wait for a label."
+class _Answers(_Lent):
+    "What a person can do with a task."
     def submit(self,
         task: Task,
         *,
@@ -142,6 +142,10 @@ class LabelQueue(_Lent):
             if not self.leases.release(task.lease, again=False, conn=conn): return False
             self._note(conn, what, [task.sample.sample_id], task.lease.owner, text)
         return True
+
+# %% ../../nbs/40_annotate.queue.ipynb #c016
+class LabelQueue(_Answers):
+    "Images of a dataset that wait for a label."
     def send_back(self,
         sample_ids: Iterable[str],
         why: str = "",           # shown beside the image
@@ -167,7 +171,7 @@ class LabelQueue(_Lent):
     def __repr__(self): return f"LabelQueue({self.ds.name!r}, {self.name!r}, {dict(self.progress())})"
     def _repr_html_(self): return self.progress()._repr_html_()
 
-# %% ../../nbs/40_annotate.queue.ipynb #c015
+# %% ../../nbs/40_annotate.queue.ipynb #c017
 def _progress(q: LabelQueue) -> Progress:
     "Counts and paces, from the leases and the events of `q`."
     with q.ds.lab.read() as conn:
