@@ -49,7 +49,7 @@ def main() -> None:
     app = tyro.extras.SubcommandApp()
     for name, f in {"tour": tour, "lab": lab, "doctor": doctor, "trace": trace_}.items(): app.command(name=name)(f)
     if sys.argv[1:] in (["--version"], ["-V"]): return print(f"fsml_lab {__version__}")
-    try: app.cli(prog="fsml", description="fsml_lab: the whole loop of a machine-learning product, in notebooks and from scripts. New here? Start with: fsml tour", sort_subcommands=False)
+    try: app.cli(prog="fsml", args=sys.argv[1:] or ["--help"], description="fsml_lab: the whole loop of a machine-learning product, in notebooks and from scripts. New here? Start with: fsml tour", sort_subcommands=False)
     except FsmlError as e: sys.exit(_fail(f"fsml: {e}", 2))
     except KeyboardInterrupt: sys.exit(_fail("fsml: interrupted", 130))
 
