@@ -96,7 +96,10 @@ def _report(nb, folder: Path):
     clean_outputs(nb)
     exporter = HTMLExporter(template_name="classic", exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, mathjax_url="", require_js_url="", jquery_url="")
     html, _ = exporter.from_notebook_node(nb)
-    atomic_write(folder/"report.html", html.encode())
+    atomic_write(folder/"report.html", html.replace("</head>", f"<style>{_WIDE}</style></head>", 1).encode())
+
+
+_WIDE = "#notebook-container{width:auto;max-width:1100px} div.output_subarea{max-width:100%;overflow-x:auto} div.prompt{display:none}"  # tables need room
 
 
 def _closing(summary: dict, took: float):

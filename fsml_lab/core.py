@@ -834,13 +834,14 @@ class Trace:
     @property
     def nodes(self) -> set[tuple[str, str]]: return {(e.child_kind, e.child_id) if self.down else (e.parent_kind, e.parent_id) for e in self.edges}
     def __str__(self):
-        lines = [f"{self.kind} {self.id}"]
+        short = lambda i: i[:12] if _is_sha(i) else i  # enough for find_id
+        lines = [f"{self.kind} {short(self.id)}"]
         def walk(k, i, pre):
             kids = [e for e in self.edges if ((e.parent_kind, e.parent_id) if self.down else (e.child_kind, e.child_id)) == (k, i)]
             for j, e in enumerate(kids):
                 nk, ni = (e.child_kind, e.child_id) if self.down else (e.parent_kind, e.parent_id)
                 last = j == len(kids) - 1
-                lines.append(f"{pre}{'└─ ' if last else '├─ '}{e.role + ': ' if e.role else ''}{nk} {ni}")
+                lines.append(f"{pre}{'└─ ' if last else '├─ '}{e.role + ': ' if e.role else ''}{nk} {short(ni)}")
                 walk(nk, ni, pre + ("   " if last else "│  "))
         walk(self.kind, self.id, "")
         return "\n".join(lines)
