@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import fsml_lab.data.version  # noqa: F401  gives a lab open()
 from fsml_lab.core import SCHEMA, Lab, trace
 
 ROOT = Path(__file__).resolve().parents[1]
