@@ -37,7 +37,7 @@ def doctor() -> None:
     print(look())
 
 
-def trace_(kind: Annotated[Literal["version", "run", "model", "predictions", "report", "onnx", "engine"], tyro.conf.Positional], id: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="Its id, or the first characters of it.")], home: Home = None,
+def trace_(kind: Annotated[Literal["version", "run", "model", "predictions", "report", "onnx"], tyro.conf.Positional], id: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="Its id, or the first characters of it.")], home: Home = None,
            down: Annotated[bool, tyro.conf.arg(help="Show what was made from it instead.")] = False) -> None:
     """Show what an object of the lab came from, or what was made from it."""
     lab = Lab(home)

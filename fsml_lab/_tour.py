@@ -19,9 +19,9 @@ def find_notebooks(start: str | Path | None = None) -> Path:
     raise FsmlError("The tour's notebook was not found.", str(here), "Run it in a clone of the repository: the tour needs its nbs and data_samples.")
 
 
-def run_tour(home: Path, samples: Path | None = None, notebook: Path | None = None) -> dict:
+def run_tour(home: Path, samples: Path | None = None) -> dict:
     "Run the story in the lab at `home`; its summary. Raises `FsmlError` for what a person can put right."
-    notebook = notebook or find_notebooks()/"01_tour.ipynb"
+    notebook = find_notebooks()/"01_tour.ipynb"
     samples = (samples or notebook.parent.parent/"data_samples").resolve()
     if not (samples/"digits"/"labels.csv").is_file(): raise FsmlError("There are no sample images here.", str(samples), "Give the repository's data_samples folder by --samples.")
     lab = Lab(home)  # refuses a home that cannot be used before any work is done
@@ -50,7 +50,7 @@ def _execute(notebook: Path, log):
                 begun = _line(begun)
                 at, begun = at + 1, time.perf_counter()
                 print(f"[{at:2d}/{len(steps)}] {name} ", end="", flush=True)
-            if cell.cell_type == "code" and not cell.source.startswith("#| eval: false"): _cell(client, cell, i)
+            if cell.cell_type == "code": _cell(client, cell, i)
     _line(begun)
     return nb, time.perf_counter() - start
 

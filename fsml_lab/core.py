@@ -4,7 +4,7 @@
 
 # %% ../nbs/00_core.ipynb #c002
 from __future__ import annotations
-import configparser, contextlib, dataclasses, difflib, hashlib, json, math, numbers, os, random, sys, tempfile, threading, time, types, typing, unicodedata, weakref
+import configparser, contextlib, dataclasses, difflib, hashlib, json, math, numbers, os, random, secrets, sys, tempfile, threading, time, types, typing, unicodedata, weakref
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -66,20 +66,16 @@ def atomic_write(
 ) -> Path:
     "Write `data` so that `path` is at every moment whole or as before. `FsmlError` when the disk refuses."
     path = Path(path)
-    tmp = None
+    tmp = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(fd, "wb") as f:
+        with open(tmp, "xb") as f:  # not mkstemp, whose files are private: a lab may be shared, as the umask says
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(tmp, 0o666 & ~umask)  # mkstemp makes files private; a lab may be shared
         os.replace(tmp, path)
     except OSError as e:
-        if tmp: Path(tmp).unlink(missing_ok=True)
+        with contextlib.suppress(OSError): tmp.unlink()
         raise FsmlError(f"The file cannot be written: {e.strerror}.", str(path), "Free some space or choose a folder you may write to; nothing was changed.") from e
     return path
 
@@ -733,7 +729,7 @@ class Lab:
     ):
         self.settings = load_settings(home=home, **overrides)
         self.home, self.schema = _open_home(self.settings.home), SCHEMA
-        self._ensured: set[int] = set()
+        self._ensured: set["sa.MetaData"] = set()
         self._writing, self._overrides = threading.local(), overrides
     def __reduce__(self): return _lab, (self.home, self._overrides)  # another process opens connections of its own
     @cached_property
@@ -789,7 +785,7 @@ def ensure(
 ):
     "Create the tables of `metadata` where they are missing; once per lab and process."
     import sqlalchemy as sa
-    if id(metadata) in lab._ensured: return
+    if metadata in lab._ensured: return
     meta = sa.Table("fsml_meta", sa.MetaData(), sa.Column("key", sa.String, primary_key=True), sa.Column("value", sa.String, nullable=False))
     with lab.write() as conn:
         if conn.dialect.name == "postgresql": conn.execute(sa.select(sa.func.pg_advisory_xact_lock(_ADVISORY)))
@@ -798,7 +794,7 @@ def ensure(
         if found is None: conn.execute(meta.insert().values(key="schema", value=str(SCHEMA)))
         elif int(found) > SCHEMA: raise FsmlError(f"The lab's database was made by a newer fsml_lab (schema {found}, known here: {SCHEMA}).", str(lab.engine.url), "Upgrade fsml_lab, or choose another database.")
         metadata.create_all(conn)
-    lab._ensured.add(id(metadata))
+    lab._ensured.add(metadata)
 
 # %% ../nbs/00_core.ipynb #c079
 @lru_cache

@@ -4,10 +4,11 @@
 
 # %% ../nbs/50_train.ipynb #c002
 from __future__ import annotations
-import dataclasses, platform, subprocess, time
+import dataclasses, inspect, platform, subprocess, time
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Callable, Iterable
 import numpy as np, pandas as pd, sqlalchemy as sa, torch
 from safetensors.torch import load as load_safetensors, save as save_safetensors
@@ -18,7 +19,7 @@ from .data.load import Loader, augment_affine, normalise
 from .data.version import Frozen
 
 # %% auto #0
-__all__ = ['environment', 'git_state', 'runs', 'metrics', 'TrainConfig', 'Fitted', 'fit', 'to_predictions', 'predict',
+__all__ = ['environment', 'git_state', 'runs', 'history', 'TrainConfig', 'Fitted', 'fit', 'to_predictions', 'predict',
            'out_of_fold']
 
 # %% ../nbs/50_train.ipynb #c004
@@ -56,7 +57,7 @@ def runs(lab: Lab) -> list[Run]:
     ensure(lab, _meta)
     with lab.read() as conn: return [Run.from_json(r) for r in conn.scalars(sa.select(_run.c.record).order_by(_run.c.at))]
 
-def metrics(
+def history(
     lab: Lab,
     run_id: str,
 ) -> pd.DataFrame: # one row a step, one column a metric
@@ -103,18 +104,17 @@ def _epoch(model, loader: Loader, opt, schedule, config: TrainConfig, seed: int,
     loader.set_epoch(epoch)
     total = n = 0
     for step, b in enumerate(loader):
-        keep = b.labels >= 0
         x = normalise(b.image.to(device), loader.pre)
         x = augment_affine(x, b.sample_ids, seed, epoch, degrees=config.degrees, scale=(1/config.zoom, config.zoom), translate=config.translate)
-        loss = F.cross_entropy(model(x)[keep], b.labels[keep].to(device))
+        loss = F.cross_entropy(model(x), b.labels.to(device))
         if not torch.isfinite(loss): raise FsmlError(f"The loss became {loss.item()}.", f"epoch {epoch}, step {step}", "Lower lr, lower clip, or look for broken images and labels in this batch.")
         opt.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         opt.step()
         schedule.step()
-        total, n = total + loss.item()*int(keep.sum()), n + int(keep.sum())
-    return total/max(n, 1)
+        total, n = total + loss.item()*len(b), n + len(b)
+    return total/n
 
 # %% ../nbs/50_train.ipynb #c016
 @torch.no_grad()
@@ -125,6 +125,25 @@ def _probabilities(model: nn.Module, loader: Loader, device: str) -> tuple[np.nd
     return np.concatenate([p for p, _, _ in out]), [i for _, ids, _ in out for i in ids], np.concatenate([y for _, _, y in out])
 
 # %% ../nbs/50_train.ipynb #c018
+def _labelled(data: Frozen, samples: str | list[str]) -> list[str]:
+    "The labelled ones of a split or a list of ids, in order; `FsmlError` when there are none."
+    have = set(data.labels()["sample_id"])
+    ids = [i for i in (data.sample_ids(samples) if isinstance(samples, str) else samples) if i in have]
+    if not ids: raise FsmlError("None of these samples has a label.", f"{data.version}, {samples!r}"[:200], "Label some and freeze a version, or name another split.")
+    return ids
+
+def _weights(model: nn.Module) -> bytes: return save_safetensors({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
+
+def _code_sha(model: nn.Module) -> str:
+    "sha256 over the source of the model's own classes, and of the modules that train them."
+    def source(x):
+        try: return inspect.getsource(x)
+        except (OSError, TypeError): return x.forward.__code__.co_code.hex()  # typed into a prompt
+    own = {f"{c.__module__}.{c.__qualname__}": source(c) for m in model.modules() if not (c := type(m)).__module__.startswith("torch.")}
+    loop = [Path(f).read_text(encoding="utf-8") for f in (inspect.getfile(Loader), inspect.getfile(Fitted))] if __name__ != "__main__" else []
+    return sha256(canonical_json([own, loop]).encode())
+
+# %% ../nbs/50_train.ipynb #c020
 def _device(setting: str) -> str:
     "The device that a setting means; auto takes a GPU when there is one."
     if setting != "auto": return setting
@@ -137,9 +156,9 @@ def _finished(lab: Lab, key: str, make_model, device: str) -> Fitted | None:
     if row is None: return None
     run, model = Run.from_json(row.record), make_model()
     model.load_state_dict(load_safetensors(lab.store().get(row.model_sha)))
-    return Fitted(run, model.to(device).eval(), row.model_sha, metrics(lab, run.run_id), True)
+    return Fitted(run, model.to(device).eval(), row.model_sha, history(lab, run.run_id), True)
 
-# %% ../nbs/50_train.ipynb #c019
+# %% ../nbs/50_train.ipynb #c021
 def fit(
     lab: Lab,
     make_model: Callable[[], nn.Module],  # builds the untrained model: images (B, C, H, W) -> logits (B, K)
@@ -157,20 +176,20 @@ def fit(
     seed_all(seed)
     model = make_model()
     env = environment()
-    what = dict(model=repr(model), pre=pre.to_dict(), train=_ids_record(train), valid=_ids_record(valid), **dataclasses.asdict(config))
+    what = dict(model=repr(model), code=_code_sha(model), start=sha256(_weights(model)), pre=pre.to_dict(), train=_ids_record(train), valid=_ids_record(valid), **dataclasses.asdict(config))
     commit, dirty = git_state()
     run = Run(f"r{now_us():x}", name, what, seed, data.version.root, commit, dirty, sha256(canonical_json(env).encode()), device, threads, effective_batch=config.batch_size)
     key = sha256(canonical_json([run.config_sha, seed, run.data_root, run.env_sha, device, threads]).encode())
     if done := _finished(lab, key, make_model, device): return done
     return _train(lab, model.to(device, memory_format=torch.channels_last), data, pre, config, run, key, train, valid)
 
-def _ids_record(split: str | list[str]): return split if isinstance(split, str) else sha256(canonical_json(sorted(split)).encode())
+def _ids_record(split: str | list[str]): return split if isinstance(split, str) else sha256(canonical_json(list(split)).encode())  # their order is the order of the batches
 
-# %% ../nbs/50_train.ipynb #c020
+# %% ../nbs/50_train.ipynb #c022
 def _train(lab, model, data, pre, config, run, key, train, valid) -> Fitted:
     "The loop itself. The record says `running`, then `finished`, `stopped` (Ctrl-C) or `failed`."
-    loader = Loader(data, train, pre, config.batch_size, shuffle=True, seed=run.seed, drop_last=True)
-    watch = Loader(data, valid, pre, 256)
+    loader = Loader(data, _labelled(data, train), pre, config.batch_size, shuffle=True, seed=run.seed, drop_last=True)
+    watch = Loader(data, _labelled(data, valid), pre, 256)
     if not len(loader): raise FsmlError(f"There are fewer training samples than one batch of {config.batch_size}.", f"{data.version}, {train!r}"[:200], "Label more samples or lower batch_size.")
     opt = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, config.lr, total_steps=config.epochs*len(loader))
@@ -182,21 +201,21 @@ def _train(lab, model, data, pre, config, run, key, train, valid) -> Fitted:
         for epoch in progress(range(config.epochs), run.kind):
             loss = _epoch(model, loader, opt, schedule, config, run.seed, epoch, run.device)
             probs, _, y = _probabilities(model, watch, run.device)
-            _log(lab, run.run_id, epoch, loss=loss, valid_accuracy=float((probs.argmax(1) == y)[y >= 0].mean()))
+            _log(lab, run.run_id, epoch, loss=loss, valid_accuracy=float((probs.argmax(1) == y).mean()))
     except BaseException as e:
         _store_run(lab, ended("stopped" if isinstance(e, KeyboardInterrupt) else "failed"), key)
         raise
     finally: torch.set_num_threads(before)
-    sha = lab.store().put(save_safetensors({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}))
+    sha = lab.store().put(_weights(model))
     run = ended("finished")
     link(lab, Edge("run", run.run_id, "version", run.data_root, "data"), Edge("model", sha, "run", run.run_id, "weights"))
     _store_run(lab, run, key, sha)
-    return Fitted(run, model.eval(), sha, metrics(lab, run.run_id), False)
+    return Fitted(run, model.eval(), sha, history(lab, run.run_id), False)
 
 def _log(lab, run_id: str, step: int, **values: float):
     with lab.write() as conn: conn.execute(_metric.insert(), [dict(run_id=run_id, name=k, step=step, value=v) for k, v in values.items()])
 
-# %% ../nbs/50_train.ipynb #c027
+# %% ../nbs/50_train.ipynb #c031
 def to_predictions(
     probs: np.ndarray,      # (N, K) class probabilities
     sample_ids: list[str],  # N
@@ -223,7 +242,7 @@ def predict(
     probs, ids, _ = _probabilities(fitted.model, Loader(data, split, pre, 256), str(device))
     return to_predictions(probs, ids, data, pre, run_id=fitted.run.run_id, model_sha=fitted.model_sha)
 
-# %% ../nbs/50_train.ipynb #c029
+# %% ../nbs/50_train.ipynb #c033
 def out_of_fold(
     lab: Lab,
     make_model: Callable[[], nn.Module],
