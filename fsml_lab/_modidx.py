@@ -869,6 +869,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fsml_lab.train.Fitted._repr_html_': ('train.html#fitted._repr_html_', 'fsml_lab/train.py'),
                                 'fsml_lab.train.TrainConfig': ('train.html#trainconfig', 'fsml_lab/train.py'),
                                 'fsml_lab.train.TrainConfig.__post_init__': ('train.html#trainconfig.__post_init__', 'fsml_lab/train.py'),
+                                'fsml_lab.train._bytecode': ('train.html#_bytecode', 'fsml_lab/train.py'),
                                 'fsml_lab.train._code_sha': ('train.html#_code_sha', 'fsml_lab/train.py'),
                                 'fsml_lab.train._device': ('train.html#_device', 'fsml_lab/train.py'),
                                 'fsml_lab.train._epoch': ('train.html#_epoch', 'fsml_lab/train.py'),

@@ -4,7 +4,7 @@
 
 # %% ../nbs/50_train.ipynb #c002
 from __future__ import annotations
-import dataclasses, inspect, platform, subprocess, time
+import dataclasses, platform, subprocess, sys, time
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
@@ -135,13 +135,13 @@ def _labelled(data: Frozen, samples: str | list[str]) -> list[str]:
 def _weights(model: nn.Module) -> bytes: return save_safetensors({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
 
 def _code_sha(model: nn.Module) -> str:
-    "sha256 over the source of the model's own classes, and of the modules that train them."
-    def source(x):
-        try: return inspect.getsource(x)
-        except (OSError, TypeError): return x.forward.__code__.co_code.hex()  # typed into a prompt
-    own = {f"{c.__module__}.{c.__qualname__}": source(c) for m in model.modules() if not (c := type(m)).__module__.startswith("torch.")}
-    loop = [Path(f).read_text(encoding="utf-8") for f in (inspect.getfile(Loader), inspect.getfile(Fitted))] if __name__ != "__main__" else []
-    return sha256(canonical_json([own, loop]).encode())
+    "sha256 over the code of the model's own classes, and of the modules that train them."
+    own = {type(m) for m in model.modules() if not type(m).__module__.startswith("torch.")}
+    files = {sys.modules[n].__file__ for n in (*(c.__module__ for c in own), Loader.__module__, Fitted.__module__) if n != "__main__"}
+    typed = {c.__qualname__: {k: _bytecode(f.__code__) for k, f in vars(c).items() if hasattr(f, "__code__")} for c in own if c.__module__ == "__main__"}
+    return sha256(canonical_json([typed, *sorted(sha256(Path(f).read_bytes()) for f in files)]).encode())
+
+def _bytecode(c) -> list: return [c.co_code.hex(), *c.co_names, *(_bytecode(k) if hasattr(k, "co_code") else repr(k) for k in c.co_consts)]
 
 # %% ../nbs/50_train.ipynb #c020
 def _device(setting: str) -> str:

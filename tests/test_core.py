@@ -1,5 +1,5 @@
 """The lab under strain: settings from everywhere, many processes at once, kills, full disks, random lineages."""
-import json, pickle, resource, signal, subprocess, sys, time
+import json, os, pickle, resource, signal, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 
 import jsonschema
@@ -164,6 +164,14 @@ def test_a_full_disk_is_an_error_and_the_old_file_stays(tmp_path):
     out, err = p.communicate(timeout=60)
     assert "cannot be written" in out, err
     assert f.read_bytes() == b"old" and [x.name for x in tmp_path.iterdir()] == ["f"]
+
+
+def test_many_threads_write_and_the_umask_stays(tmp_path):
+    old = os.umask(0o027)
+    try:
+        with ThreadPoolExecutor(8) as pool: files = list(pool.map(lambda i: atomic_write(tmp_path/str(i), b"x"), range(200)))
+        assert {f.stat().st_mode & 0o777 for f in files} == {0o640} and os.umask(0o027) == 0o027
+    finally: os.umask(old)
 
 
 def test_the_store_keeps_once_and_notices_damage(tmp_path):
